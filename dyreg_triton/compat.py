@@ -1,0 +1,263 @@
+"""The published modules under their authors' names, arguments, layouts and state_dict keys.
+
+`build("ops.dyreg.DynamicGraphWrapper", {...})` returns a module that loads the authors' state_dict with strict=True
+and computes what their module computes, on this library's ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .layers import dyreg, rstg
+from .layers.norms import ChannelAffineNorm
+from .validate import choice, describe, positive_int
+
+# dyregParams of the published code
+_PARAMS: dict[str, Any] = {
+    "full_res": False,
+    "rstg_combine": "plus",
+    "dynamic_regions": "dyreg",
+    "offset_lstm_dim": 128,
+    "offset_generator": "big",
+    "init_regions": "center",
+    "combine_by_sum": True,
+    "aggregation_type": "dot",
+    "send_layers": 1,
+    "update_layers": 0,
+}
+
+
+def _params(op: str, given: object) -> dict[str, Any]:
+    """dyregParams as a dict, from a mapping or an object; missing keys take the published defaults."""
+    if given is None:
+        given = {}
+    if isinstance(given, Mapping):
+        unknown = sorted(map(str, set(given) - set(_PARAMS)))
+        if unknown:
+            raise ValueError(f"{op}: params has unknown keys {unknown}; accepted are {sorted(_PARAMS)}")
+        params = {**_PARAMS, **given}
+    else:
+        params = {key: getattr(given, key, default) for key, default in _PARAMS.items()}
+    choice(op, "params.offset_generator", params["offset_generator"], ("big", "small"))
+    choice(op, "params.init_regions", params["init_regions"], ("center", "grid"))
+    # upstream's "pos_only" computes what "dyreg" does; "none", "semantic" and "serial" stop with an error there
+    choice(op, "params.dynamic_regions", params["dynamic_regions"], ("dyreg", "pos_only"))
+    choice(op, "params.rstg_combine", params["rstg_combine"], ("plus",))
+    return params
+
+
+def _graph_options(op: str, params: Mapping[str, Any], rnn_type: object, iterations: object) -> dict[str, Any]:
+    choice(op, "rnn_type", rnn_type, ("LSTM", "GRU"))
+    kind = params["aggregation_type"]
+    if not isinstance(kind, str) or ("sum" not in kind and "dot" not in kind):
+        raise ValueError(f"{op}: params.aggregation_type is {kind!r}; accepted are 'dot' and 'sum'")
+    return {
+        "recurrence": str(rnn_type).lower(),
+        "combine": "sum" if params["combine_by_sum"] else "concatenate",
+        "send_layers": params["send_layers"],
+        "update_layers": params["update_layers"],
+        "aggregation": "mean" if "sum" in kind else "dot",
+        "order": "time-space",
+        "iterations": iterations,
+    }
+
+
+class RSTG(rstg.RSTG):
+    """The published RSTG: nodes (B, T, C, N) -> (B, T, C, N)."""
+
+    def __init__(
+        self,
+        params: object = None,
+        backbone_dim: int = 1024,
+        node_dim: int = 512,
+        project_i3d: bool = True,
+        *,
+        rnn_type: str = "LSTM",
+        num_nodes: int = 9,
+        iterations: int = 3,
+    ):
+        op = "ops.rstg.RSTG"
+        self_params = _params(op, params)
+        super().__init__(
+            positive_int(op, "node_dim", node_dim), **_graph_options(op, self_params, rnn_type, iterations)
+        )
+        self.num_nodes = positive_int(op, "num_nodes", num_nodes)
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        expected = (self.channels, self.num_nodes)
+        if not isinstance(nodes, Tensor) or nodes.dim() != 4 or nodes.shape[2:] != expected:
+            raise ValueError(
+                f"ops.rstg.RSTG: input is {describe({'input': nodes})}; accepted is (B, T, {expected[0]}, "
+                f"{expected[1]}) for node_dim {expected[0]} and num_nodes {expected[1]}"
+            )
+        return super().forward(nodes.mT).mT.contiguous()
+
+
+class DynamicGraph(dyreg.DynamicGraph):
+    """The published DynamicGraph: (B, T, C, H, W) -> (B, T, C, H, W), no residual.
+
+    With `keep_regions=True` a forward leaves, detached: `kernel` (B*T, h, w, H, W); `offsets` (B*T, N, 1, 4) =
+    (size_h, size_w, centre_h, centre_w) and each of the four as `kernel_h`, `kernel_w`, `kernel_center_h`,
+    `kernel_center_w` (B*T, N, 1).
+    """
+
+    def __init__(
+        self,
+        params: object = None,
+        backbone_dim: int = 1024,
+        H: int = 14,
+        W: int = 14,
+        oH: int = 7,
+        oW: int = 7,
+        iH: int | None = None,
+        iW: int | None = None,
+        h: int = 3,
+        w: int = 3,
+        node_dim: int = 512,
+        out_num_ch: int = 2048,
+        project_i3d: bool = False,
+        name: str = "",
+        *,
+        rnn_type: str = "LSTM",
+        iterations: int = 3,
+        num_nodes: int | None = None,
+        keep_regions: bool = False,
+    ):
+        op = "ops.dyreg.DynamicGraph"
+        chosen = _params(op, params)
+        for key, value in {"backbone_dim": backbone_dim, "H": H, "W": W, "h": h, "w": w, "node_dim": node_dim}.items():
+            positive_int(op, key, value)
+        if num_nodes not in (None, h * w):
+            raise ValueError(f"{op}: num_nodes is {num_nodes!r}; accepted is h * w = {h * w}")
+        if chosen["full_res"] and (iH is None or iW is None):
+            raise ValueError(f"{op}: iH is {iH!r} and iW {iW!r}; accepted with full_res are positive integers")
+        super().__init__(
+            backbone_dim,
+            (H, W),
+            grid=(h, w),
+            node_channels=node_dim,
+            project=bool(project_i3d),
+            region_channels=positive_int(op, "params.offset_lstm_dim", chosen["offset_lstm_dim"]),
+            generator="fc" if chosen["offset_generator"] == "big" else "pooled",
+            weights_over="nodes",
+            init=chosen["init_regions"],
+            region_rule="published",
+            offset_bias=True,
+            train_size=(iH, iW) if chosen["full_res"] else None,  # type: ignore[arg-type]
+            **_graph_options(op, chosen, rnn_type, iterations),
+        )
+        self.keep_regions = keep_regions
+        centers = self.centers
+        if self.init == "center":  # upstream halves H on both axes
+            centers = torch.full_like(centers, H / 2)
+        del self.centers
+        self.register_buffer("ph_buf", centers[None, :, 1:].clone())
+        self.register_buffer("pw_buf", centers[None, :, :1].clone())
+        self.register_buffer("arange_h_buf", torch.arange(H)[None, None])
+        self.register_buffer("arange_w_buf", torch.arange(W)[None, None])
+        if self.generator == "pooled":
+            positions = self.glore.pos_emb_buf
+            del self.glore.pos_emb_buf
+            self.glore.register_buffer("pos_emb_buf", positions)
+            # in the authors' checkpoints, and never used
+            self.glore.norm_dict = nn.ModuleDict(
+                {"offset_location_emb": ChannelAffineNorm((1, node_dim, 1, 1), 3)}
+            )
+
+    def initial_centers(self) -> Tensor:
+        return torch.cat([self.pw_buf, self.ph_buf], dim=-1)[0]
+
+    def _keep(self, regions: Tensor) -> None:
+        flat = regions.detach().flatten(0, 1)
+        cx, cy, w, h = flat.unsqueeze(-2).unbind(-1)
+        self.kernel = ops.region_kernel(flat, self.size, profile=self.profile, temperature=self.temperature).unflatten(
+            1, self.grid
+        )
+        self.offsets = torch.stack([h, w, cy, cx], dim=-1)
+        self.kernel_h, self.kernel_w, self.kernel_center_h, self.kernel_center_w = h, w, cy, cx
+
+    def forward(self, input_feats: Tensor) -> Tensor:
+        y, regions = super().forward(input_feats)
+        if self.keep_regions:
+            self._keep(regions)
+        return y
+
+
+class DynamicGraphWrapper(nn.Module):
+    """The published DynamicGraphWrapper: (B, T, C, H, W) -> (B * T, C, H, W), residual included."""
+
+    def __init__(
+        self,
+        params: object = None,
+        H: int = 14,
+        W: int = 14,
+        oH: int = 7,
+        oW: int = 7,
+        iH: int | None = None,
+        iW: int | None = None,
+        h: int = 3,
+        w: int = 3,
+        node_dim: int = 512,
+        in_channels: int = 1024,
+        out_num_ch: int = 2048,
+        project_i3d: bool = False,
+        name: str = "",
+        **ours: Any,
+    ):
+        super().__init__()
+        self.dynamic_graph = DynamicGraph(
+            params, in_channels, H, W, oH, oW, iH, iW, h, w, node_dim, out_num_ch, project_i3d, name, **ours
+        )
+        self.norm_dict = nn.ModuleDict({"residual_norm": ChannelAffineNorm((1, in_channels, 1, 1), 3, start=0.0)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dynamic_graph(x).flatten(0, 1)
+        return x.flatten(0, 1) + self.norm_dict["residual_norm"](y)
+
+
+_OURS = ("rnn_type", "iterations", "num_nodes", "keep_regions")
+_NAMES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "ops.rstg.RSTG": (RSTG, _OURS[:3]),
+    "ops.dyreg.DynamicGraph": (DynamicGraph, _OURS),
+    "ops.dyreg.DynamicGraphWrapper": (DynamicGraphWrapper, _OURS),
+}
+
+
+def build(name: str, config: Mapping[str, Any] | None = None, /, **arguments: Any) -> nn.Module:
+    """The published module `name`, built from the authors' own constructor arguments.
+
+    Args:
+        name: "ops.dyreg.DynamicGraph", "ops.dyreg.DynamicGraphWrapper" or "ops.rstg.RSTG".
+        config, arguments: the authors' arguments, as a mapping or as keywords, which win. `params` is a mapping or
+            an object; keys it lacks take dyregParams' defaults. Beyond the authors': `rnn_type` ("LSTM" or "GRU", a
+            global there), `iterations`, `num_nodes`, and `keep_regions` (leave detached regions and kernels on the
+            module after a forward, for old plotting code). `input` is ignored; oH, oW, out_num_ch and name are
+            accepted and unused, as upstream.
+
+    Returns:
+        A module with the authors' parameters, buffers, tensor layouts and numbers.
+
+    Raises:
+        ValueError: an unknown name, key or value; TypeError: config is no mapping.
+    """
+    import inspect
+
+    if name not in _NAMES:
+        raise ValueError(f"compat.build: name is {name!r}; accepted are {', '.join(map(repr, _NAMES))}")
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"compat.build: config is a {type(config).__name__}; accepted is a mapping")
+    module, ours = _NAMES[name]
+    merged = {**(config or {}), **arguments}
+    merged.pop("input", None)
+    signature = inspect.signature(module).parameters.values()
+    accepted = [p.name for p in signature if p.kind is not p.VAR_KEYWORD]
+    accepted += [key for key in ours if key not in accepted]
+    unknown = sorted(map(str, set(merged) - set(accepted)))
+    if unknown:
+        raise ValueError(f"compat.build: {name} got unknown arguments {unknown}; accepted are {sorted(accepted)}")
+    return module(**merged)

@@ -1,0 +1,115 @@
+"""Which backend computes an op: one predicate selects it and explains a refusal.
+
+Backends: `triton` (CUDA, or CPU when Triton's interpreter is on), `eager` (efficient pure torch, any device),
+`reference` (the papers' equations, literally). `auto` takes triton where it can run and eager elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+import threading
+
+import torch
+
+BACKENDS = ("auto", "triton", "eager", "reference")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_CAPABILITY = (8, 0)
+
+
+class _State(threading.local):  # not a ContextVar: that breaks torch.compile(fullgraph=True)
+    name = "auto"
+
+
+_state = _State()
+
+
+class backend:  # lower case because it is used as `with dt.backend("eager"):`
+    """Choose the backend of every op called from this thread.
+
+    `dt.backend("eager")` sets it from here on; `with dt.backend("eager"):` restores the former one at the end.
+    An op's backward uses its forward's choice. An op whose inputs the chosen backend cannot take raises
+    RuntimeError and says why; only "auto" chooses.
+
+    Raises ValueError for a name other than "auto", "triton", "eager" and "reference".
+    """
+
+    def __init__(self, name: str):
+        if name not in BACKENDS:
+            raise ValueError(f"backend: name is {name!r}; accepted are {', '.join(map(repr, BACKENDS))}")
+        self.name = name
+        self._former = _state.name
+        _state.name = name
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _state.name = self._former
+
+
+def current_backend() -> str:
+    """The name last set in this thread with `dt.backend`; "auto" at first."""
+    return _state.name
+
+
+def _interpreted() -> bool:
+    # Asking costs an import of triton, so it is asked only where somebody wants the interpreter or kernels are loaded.
+    if not os.environ.get("TRITON_INTERPRET") and "dyreg_triton.kernels.common" not in sys.modules:
+        return False
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from .kernels import common
+
+    return common.interpreted()
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where backend `name` can take tensors of this device and dtype, else the reason in words."""
+    if name != "triton":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    interpreted = _interpreted()
+    accepted = (*TRITON_DTYPES, torch.float64) if interpreted else TRITON_DTYPES
+    if dtype not in accepted:
+        return f"its kernels take {', '.join(str(t)[6:] for t in accepted)}, not {str(dtype)[6:]}"
+    if device.type == "cuda" and not interpreted:
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < MIN_CAPABILITY:
+            return f"GPU {device} has compute capability {capability}; the kernels need {MIN_CAPABILITY} or later"
+        return None
+    if device.type == "cpu" and interpreted:
+        return None
+    return (
+        f"the tensors are on {device}; kernels run on CUDA, or on the CPU under Triton's interpreter "
+        "(start Python with TRITON_INTERPRET=1)"
+    )
+
+
+def can_run(name: str, *, device: torch.device | str, dtype: torch.dtype, raise_error: bool = False) -> bool:
+    """Whether backend `name` ("triton", "eager" or "reference") can take tensors of this device and dtype.
+
+    With `raise_error=True` a refusal raises RuntimeError with the reason instead of returning False.
+    """
+    if name not in BACKENDS[1:]:
+        raise ValueError(f"can_run: name is {name!r}; accepted are {', '.join(map(repr, BACKENDS[1:]))}")
+    reason = why_not(name, torch.device(device), dtype)
+    if reason is not None and raise_error:
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+    return reason is None
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that computes `op` on tensors of this device and dtype: the one asked for, or auto's choice."""
+    name = _state.name
+    if name == "auto":
+        return "triton" if why_not("triton", device, dtype) is None else "eager"
+    reason = why_not(name, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {name!r} cannot run here: {reason}")
+    return name

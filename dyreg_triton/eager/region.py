@@ -1,0 +1,63 @@
+"""Region kernel, pooling and re-mapping in plain torch.
+
+Each axis is normalised by its own sum (sum K = sum f_y * sum f_x), so nothing of the map's size is divided or reduced
+for the normaliser, and pooling and re-mapping are one batched matrix product with the (N, H*W) kernel. On CPU that
+product runs at the speed of BLAS; contracting one axis after the other would store C*H*N numbers instead of N*H*W.
+Sums accumulate in float32 (float64 for float64). Arguments are checked by the caller.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-12  # a gaussian narrower than this weighs one cell, and squares of it stay representable
+
+
+def _axis(center: Tensor, extent: Tensor, length: int, profile: str, temperature: float) -> Tensor:
+    """One axis of the kernel, normalised to sum 1 (or 0 where the region is empty): (*, N, length)."""
+    cells = torch.arange(length, dtype=center.dtype, device=center.device)
+    d = (cells - center.unsqueeze(-1)).abs()
+    s = extent.unsqueeze(-1)
+    if profile == "gaussian":
+        if length == 0:
+            return d
+        nearest = d.detach().amin(-1, keepdim=True)  # shifting by a constant leaves softmax and its gradient alone
+        width = s.clamp(min=_TINY)
+        k = torch.softmax(-0.5 * (d - nearest) * (d + nearest) / width / width, dim=-1)
+        return torch.where(s <= 0, 0, k)
+    f = torch.relu(s - d)
+    if profile == "log-linear":
+        f = torch.log1p(temperature * f)
+    total = f.sum(-1, keepdim=True)
+    return f / torch.where(total == 0, 1, total)
+
+
+def _kernel(regions: Tensor, size: tuple[int, int], profile: str, temperature: float) -> Tensor:
+    cx, cy, w, h = regions.unbind(-1)
+    k_y = _axis(cy, h, size[0], profile, temperature)
+    k_x = _axis(cx, w, size[1], profile, temperature)
+    return k_y.unsqueeze(-1) * k_x.unsqueeze(-2)
+
+
+def region_kernel(regions: Tensor, size: tuple[int, int], profile: str, temperature: float) -> Tensor:
+    """K (*, N, H, W) in the dtype of `regions`."""
+    wide = regions.to(torch.promote_types(regions.dtype, torch.float32))
+    return _kernel(wide, size, profile, temperature).to(regions.dtype)
+
+
+def region_pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+    """nodes (*, N, C) = K x^T."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):  # the sums stay in float32
+        k = _kernel(regions.to(wide), (x.shape[-2], x.shape[-1]), profile, temperature)
+        return torch.matmul(k.flatten(-2), x.to(wide).flatten(-2).mT).to(x.dtype)
+
+
+def region_remap(nodes: Tensor, regions: Tensor, size: tuple[int, int], profile: str, temperature: float) -> Tensor:
+    """y (*, C, H, W) = nodes^T K."""
+    wide = torch.promote_types(nodes.dtype, torch.float32)
+    with torch.autocast(nodes.device.type, enabled=False):
+        k = _kernel(regions.to(wide), size, profile, temperature)
+        y = torch.matmul(nodes.to(wide).mT, k.flatten(-2)).unflatten(-1, size)
+        return y.to(nodes.dtype)

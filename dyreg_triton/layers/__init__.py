@@ -1,0 +1,7 @@
+"""nn.Modules: parameters and reshapes; the arithmetic is in `dyreg_triton.ops`."""
+
+from .dyreg import DyReG
+from .regions import regions_from_offsets
+from .rstg import RSTG
+
+__all__ = ["RSTG", "DyReG", "regions_from_offsets"]

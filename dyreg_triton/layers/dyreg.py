@@ -1,0 +1,227 @@
+"""Dynamic regions layer (DyReG: Duta et al., 'Dynamic Regions Graph Neural Networks', equations 1-10)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..validate import PROFILES, choice, describe, pair, positive_int
+from .generators import Fishnet, GloRe
+from .norms import ChannelAffineNorm
+from .recurrence import RECURRENCES, over_time
+from .recurrence import recurrence as make_recurrence
+from .regions import INITS, RULES, initial_centers, regions_from_centers
+from .rstg import RSTG
+
+GENERATORS = ("fc", "pooled")
+
+# What the published code does where it departs from the paper, as options of `DyReG`.
+PUBLISHED: dict[str, Any] = {
+    "recurrence": "lstm",
+    "region_rule": "published",
+    "offset_bias": True,
+    "weights_over": "nodes",
+    "combine": "sum",
+    "send_layers": 1,
+    "update_layers": 0,
+    "order": "time-space",
+}
+
+
+class DynamicGraph(nn.Module):
+    """The branch inside `DyReG`: predict regions, pool nodes, pass messages, map the nodes back.
+
+    Takes the arguments of `DyReG`. x (B, T, C, H, W) -> (y of x's shape, regions (B, T, N, 4)).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        size: tuple[int, int],
+        *,
+        grid: tuple[int, int] = (3, 3),
+        node_channels: int | None = None,
+        project: bool | None = None,
+        region_channels: int = 32,
+        generator: str = "fc",
+        weights_over: str = "locations",
+        init: str = "center",
+        region_rule: str = "paper",
+        offset_bias: bool = False,
+        recurrence: str = "gru",
+        profile: str = "linear",
+        temperature: float = 1.0,
+        train_size: tuple[int, int] | None = None,
+        **graph: Any,
+    ):
+        super().__init__()
+        op = "DyReG"
+        self.in_channels = positive_int(op, "in_channels", in_channels)
+        self.channels = positive_int(op, "node_channels", in_channels if node_channels is None else node_channels)
+        self.size = pair(op, "size", size)
+        self.grid = pair(op, "grid", grid)
+        self.train_size = self.size if train_size is None else pair(op, "train_size", train_size)
+        self.init = choice(op, "init", init, INITS)
+        self.region_rule = choice(op, "region_rule", region_rule, RULES)
+        self.profile = choice(op, "profile", profile, PROFILES)
+        self.temperature = temperature
+        choice(op, "generator", generator, GENERATORS)
+        choice(op, "weights_over", weights_over, ("locations", "nodes"))
+        choice(op, "recurrence", recurrence, RECURRENCES)
+        positive_int(op, "region_channels", region_channels)
+        self.project = self.channels != in_channels if project is None else project
+        if not self.project and self.channels != in_channels:
+            raise ValueError(
+                f"{op}: project is False with in_channels {in_channels} and node_channels {self.channels}; "
+                "accepted without projection are equal channels"
+            )
+        self.num_nodes = self.grid[0] * self.grid[1]
+
+        self.rstg = RSTG(self.channels, recurrence=recurrence, **graph)
+        self.norm_dict = nn.ModuleDict()
+        if self.project:
+            self.project_i3d_linear = nn.Conv2d(in_channels, self.channels, 1)
+            self.project_back_i3d_linear = nn.Conv2d(self.channels, in_channels, 1)
+            self.norm_dict["dynamic_graph_projection"] = ChannelAffineNorm((1, self.channels, 1, 1), 3)
+        if generator == "fc":
+            self.fishnet = Fishnet(self.channels, self.train_size)
+            # as wide as its input: a fully connected layer per node, output channel = node * region_channels + d
+            self.global_conv = nn.Sequential(nn.Conv2d(16, self.num_nodes * region_channels, self.fishnet.size))
+        else:
+            self.glore = GloRe(self.channels, self.train_size, self.num_nodes, region_channels, weights_over)
+        self.generator = generator
+        self.offset_lstm = make_recurrence(recurrence, region_channels)
+        self.offset_pred = nn.Linear(region_channels, 4, bias=offset_bias)
+        self.offset_alpha = nn.Parameter(torch.zeros(4))
+        self.norm_dict["offset_ln_feats_coords"] = ChannelAffineNorm((region_channels,), 2)
+        self.norm_dict["offset_ln_lstm"] = ChannelAffineNorm((region_channels,), 2)
+        self.kernel_projection1 = nn.Linear(self.train_size[0] * self.train_size[1], self.channels)
+        self.register_buffer("centers", initial_centers(self.grid, self.size, init), persistent=False)
+
+    def initial_centers(self) -> Tensor:
+        """(N, 2) = (x, y): where the nodes start."""
+        return self.centers
+
+    def latent(self, features: Tensor) -> Tensor:
+        """One latent vector per node and frame, from the features (B, T, C, H, W): (B, T, N, D)."""
+        maps = features.flatten(0, 1)
+        if self.train_size != self.size:
+            maps = F.adaptive_avg_pool2d(maps, self.train_size)
+        if self.generator == "fc":
+            connected = self.global_conv[0]
+            maps = F.linear(self.fishnet(maps).flatten(1), connected.weight.flatten(1), connected.bias)
+            latent = maps.unflatten(1, (self.num_nodes, -1))
+        else:
+            latent = self.glore(maps)
+        latent = self.norm_dict["offset_ln_feats_coords"](latent).unflatten(0, features.shape[:2])
+        return self.norm_dict["offset_ln_lstm"](over_time(self.offset_lstm, latent))
+
+    def regions(self, features: Tensor) -> Tensor:
+        """Regions (B, T, N, 4) = (cx, cy, w, h) of the features (B, T, C, H, W), never below float32."""
+        latent = self.latent(features)
+        with torch.autocast(features.device.type, enabled=False):  # a lowered region moves its nodes by percents
+            wide = torch.promote_types(latent.dtype, torch.float32)
+            bias = self.offset_pred.bias
+            offsets = F.linear(latent.to(wide), self.offset_pred.weight.to(wide), None if bias is None else bias.to(wide))
+            return regions_from_centers(
+                offsets * self.offset_alpha.to(wide),
+                self.initial_centers(),
+                grid=self.grid,
+                size=self.size,
+                rule=self.region_rule,
+            )
+
+    def position_map(self, dtype: torch.dtype) -> Tensor:
+        """The position embedding as a map (C, H, W): a linear map of a kernel is a pooling with that kernel.
+
+        K W^T = pool(W.view(C, H, W)). At another size than the training one the kernel is averaged down first, which
+        is linear too: its adjoint carries W up to this size.
+        """
+        weight = self.kernel_projection1.weight.to(dtype).unflatten(1, self.train_size)
+        for axis, (large, small) in enumerate(zip(self.size, self.train_size, strict=True)):
+            if large != small:
+                identity = torch.eye(large, dtype=dtype, device=weight.device)
+                average = F.adaptive_avg_pool1d(identity, small)  # (large, small): what each large cell gives
+                weight = torch.tensordot(weight, average, dims=([1 + axis], [1])).movedim(-1, 1 + axis)
+        return weight
+
+    def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
+        if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2:] != (self.in_channels, *self.size):
+            raise ValueError(
+                f"DyReG: x is {describe({'x': x})}; accepted is (B, T, {self.in_channels}, {self.size[0]}, "
+                f"{self.size[1]}) for in_channels {self.in_channels} and size {self.size}"
+            )
+        features = x
+        if self.project:
+            maps = self.norm_dict["dynamic_graph_projection"](self.project_i3d_linear(x.flatten(0, 1)))
+            features = maps.unflatten(0, x.shape[:2])
+        regions = self.regions(features)
+        placed = features + self.position_map(features.dtype)
+        nodes = ops.region_pool(placed, regions, profile=self.profile, temperature=self.temperature)
+        return self.rstg(nodes + self.kernel_projection1.bias.to(nodes.dtype)), regions
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        nodes, regions = self.nodes(x)
+        if self.project:  # on N nodes, not on H*W cells; the bias stays outside, for the kernels do not sum to one
+            back = self.project_back_i3d_linear
+            nodes = F.linear(nodes, back.weight.flatten(1))
+        y = ops.region_remap(nodes, regions, self.size, profile=self.profile, temperature=self.temperature)
+        if self.project:
+            y = y + back.bias.to(y.dtype).view(-1, 1, 1)
+        return y, regions
+
+
+class DyReG(nn.Module):
+    """x + norm(branch(x)): a residual layer that finds N regions, reasons over them and writes them back.
+
+    Per frame: a generator predicts N regions from the whole map (equations 1-4), features are pooled from them
+    (equation 7) and given a linear embedding of their kernel, a space-time graph passes messages (equations 8-9, see
+    `RSTG`), and the nodes are mapped back onto their regions (equation 10). The branch ends in a layer norm whose
+    scale starts at 0, so the layer starts as the identity. Defaults follow the paper; `layers.dyreg.PUBLISHED` holds
+    the options of the published code where it departs from it.
+
+    Args:
+        in_channels: channels C of the map.
+        size: (H, W) of the map.
+        grid: (rows, columns) of nodes.
+        node_channels: channels of a node; other than C, the map is projected by a 1x1 convolution and back.
+        project: project even between equal channels; by default only between different ones.
+        region_channels: size D of the latent vector that predicts a region.
+        generator: "fc" (convolutions and a fully connected layer per node) or "pooled" (Lite: weighted pooling).
+        weights_over: "locations" or "nodes": what the weights of "pooled" are normalised over.
+        init: regions start in the "center" of the map or on a "grid".
+        region_rule: "paper" or "published", see `regions_from_offsets`.
+        offset_bias: whether the last linear map to the offsets has a bias.
+        recurrence: "gru" or "lstm", for the regions and the graph.
+        profile, temperature: of the kernel, see `dt.ops.region_kernel`.
+        train_size: the map's size at training time, for evaluating at another one: the generator's input and the
+            embedded kernels are averaged to it.
+        iterations, combine, send_layers, update_layers, aggregation, order: of the graph, see `RSTG`.
+        return_regions: whether a call returns the regions too; a call may say otherwise.
+
+    Shapes: x (B, T, C, H, W), any strides -> the same; with return_regions=True also regions (B, T, N, 4) =
+    (cx, cy, w, h) in cells, float32 or wider.
+
+    Raises ValueError or TypeError for an argument outside those named, and for x of another shape.
+    """
+
+    def __init__(self, in_channels: int, size: tuple[int, int], *, return_regions: bool = False, **options: Any):
+        super().__init__()
+        self.return_regions = return_regions
+        self.dynamic_graph = DynamicGraph(in_channels, size, **options)
+        self.norm_dict = nn.ModuleDict({"residual_norm": ChannelAffineNorm((1, in_channels, 1, 1), 3, start=0.0)})
+
+    def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
+        return self.dynamic_graph.nodes(x)
+
+    def forward(self, x: Tensor, *, return_regions: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        y, regions = self.dynamic_graph(x)
+        y = x + self.norm_dict["residual_norm"](y.flatten(0, 1)).unflatten(0, x.shape[:2])
+        wanted = self.return_regions if return_regions is None else return_regions
+        return (y, regions) if wanted else y

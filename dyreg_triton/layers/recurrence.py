@@ -1,0 +1,20 @@
+"""One recurrent network over time, shared by all nodes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+RECURRENCES = ("gru", "lstm")
+
+
+def recurrence(kind: str, channels: int) -> nn.RNNBase:
+    """nn.GRU or nn.LSTM of `channels` inputs and outputs, batch first."""
+    return (nn.GRU if kind == "gru" else nn.LSTM)(channels, channels, batch_first=True)
+
+
+def over_time(rnn: nn.RNNBase, nodes: Tensor) -> Tensor:
+    """Run `rnn` along T of nodes (B, T, N, C), each node a sequence of its own."""
+    if nodes.numel() == 0:  # torch's recurrences refuse an empty batch
+        return nodes
+    sequences = nodes.transpose(1, 2).flatten(0, 1)
+    return rnn(sequences)[0].unflatten(0, (nodes.shape[0], nodes.shape[2])).transpose(1, 2)

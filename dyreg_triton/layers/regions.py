@@ -1,0 +1,78 @@
+"""From a network's raw outputs to regions on a map (DyReG, Duta et al., appendix A, equations 11-13)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..validate import choice, describe, pair
+
+INITS = ("center", "grid")
+RULES = ("published", "paper")
+_EDGE = 1 - 1e-7  # atanh's argument stays inside (-1, 1)
+
+
+def initial_centers(grid: tuple[int, int], size: tuple[int, int], init: str) -> Tensor:
+    """(N, 2) = (x, y) in cells: "center" puts every node in the middle, "grid" in the middle of its own cell."""
+    (rows, columns), (height, width) = grid, size
+    if init == "center":
+        return torch.tensor([width / 2, height / 2]).repeat(rows * columns, 1)
+    y = torch.linspace(0, height, 2 * rows + 1)[1::2]
+    x = torch.linspace(0, width, 2 * columns + 1)[1::2]
+    return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], dim=-1)
+
+
+def regions_from_centers(
+    offsets: Tensor, centers: Tensor, *, grid: tuple[int, int], size: tuple[int, int], rule: str = "published"
+) -> Tensor:
+    """`regions_from_offsets` with the initial centers (N, 2) = (x, y) given."""
+    log_size, shift = offsets.unflatten(-1, (2, 2)).flip(-1).unbind(-2)  # both now (*, N, 2) = across, down
+    extent = torch.tensor([size[1], size[0]], dtype=offsets.dtype, device=offsets.device)
+    start = torch.tensor([2 * grid[1], 2 * grid[0]], dtype=offsets.dtype, device=offsets.device)
+    at_rest = torch.atanh((2 * centers.to(offsets.dtype) / extent - 1).clamp(-_EDGE, _EDGE))
+    center = (torch.tanh(shift + at_rest) + 1) * (extent / 2)
+    if rule == "paper":
+        return torch.cat([center, log_size.exp() * (extent / 6)], dim=-1)
+    center = torch.minimum(center.clamp(min=0), extent - 1)
+    return torch.cat([center, log_size.exp() * (extent / start + 1) + 1], dim=-1)
+
+
+def regions_from_offsets(
+    offsets: Tensor, *, grid: tuple[int, int], size: tuple[int, int], init: str = "center", rule: str = "published"
+) -> Tensor:
+    """Map raw offsets to regions (cx, cy, w, h) in cells that stay on the map.
+
+    With (o_h, o_w, o_y, o_x) the offsets of a node, c its initial center and (rows, columns) the grid, down the map
+    (and likewise across):
+
+        cy = H/2 (1 + tanh(o_y + atanh(2 c_y / H - 1))),   clamped to [0, H - 1]   (equation 13)
+        h  = exp(o_h) (H / (2 rows) + 1) + 1                                       (equation 11)
+
+    `rule="paper"` takes h = exp(o_h) H / 6 and leaves the center unclamped, as the paper writes.
+
+    Args:
+        offsets: (*, N, 4) = (log height, log width, down, across), N = rows * columns; any floating dtype.
+        grid: (rows, columns) of nodes.
+        size: (H, W) of the map.
+        init: "center" (all nodes in the middle of the map) or "grid" (each in the middle of its cell of the grid).
+        rule: "published" or "paper".
+
+    Returns:
+        regions (*, N, 4) = (cx, cy, w, h), in the dtype of `offsets`.
+
+    Raises:
+        TypeError: offsets is no floating tensor.
+        ValueError: a wrong shape, grid, size, init or rule.
+    """
+    op = "regions_from_offsets"
+    if not isinstance(offsets, Tensor) or not offsets.is_floating_point():
+        raise TypeError(f"{op}: offsets is {describe({'offsets': offsets})}; accepted is a floating tensor (*, N, 4)")
+    grid, size = pair(op, "grid", grid), pair(op, "size", size)
+    choice(op, "init", init, INITS)
+    choice(op, "rule", rule, RULES)
+    if offsets.dim() < 2 or offsets.shape[-1] != 4 or offsets.shape[-2] != grid[0] * grid[1]:
+        raise ValueError(
+            f"{op}: offsets has shape {tuple(offsets.shape)}; accepted is (*, {grid[0] * grid[1]}, 4) for grid {grid}"
+        )
+    centers = initial_centers(grid, size, init).to(offsets.device)
+    return regions_from_centers(offsets, centers, grid=grid, size=size, rule=rule)

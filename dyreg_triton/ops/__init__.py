@@ -1,0 +1,5 @@
+"""The ops. Each validates its arguments, chooses a backend (see `dt.backend`) and computes."""
+
+from .region import region_kernel, region_pool, region_remap
+
+__all__ = ["region_kernel", "region_pool", "region_remap"]

@@ -1,0 +1,5 @@
+"""The papers' equations as einsum, in any floating dtype: what every other backend is tested against."""
+
+from .region import region_kernel, region_pool, region_remap
+
+__all__ = ["region_kernel", "region_pool", "region_remap"]

@@ -1,0 +1,104 @@
+"""Argument checks shared by the backends of an op. Each failure names the argument, its value, what is accepted, and
+the shapes of the call. They run before anything is launched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+PROFILES = ("linear", "gaussian", "log-linear")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(tensors: Mapping[str, object]) -> str:
+    """`x (2, 3) float32 cpu, ...`: the shapes of a call, for an error message."""
+    parts = []
+    for name, t in tensors.items():
+        if isinstance(t, Tensor):
+            parts.append(f"{name} {tuple(t.shape)} {str(t.dtype)[6:]} {t.device}")
+        else:
+            parts.append(f"{name} {t!r}")
+    return ", ".join(parts)
+
+
+def positive_int(op: str, name: str, value: object) -> int:
+    """`value` as an int > 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value <= 0:
+        raise ValueError(f"{op}: {name} is {value!r}; accepted is an integer > 0")
+    return value  # type: ignore[return-value]
+
+
+def choice(op: str, name: str, value: object, accepted: tuple[str, ...]) -> str:
+    """`value` as one of the accepted names."""
+    if not isinstance(value, str) or value not in accepted:
+        raise ValueError(f"{op}: {name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+    return value
+
+
+def pair(op: str, name: str, value: object) -> tuple[int, int]:
+    """`value` as two positive integers (rows, columns)."""
+    if not isinstance(value, (tuple, list, torch.Size)) or len(value) != 2:
+        raise ValueError(f"{op}: {name} is {value!r}; accepted are two positive integers (rows, columns)")
+    for v in value:
+        if isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) or v <= 0:
+            raise ValueError(f"{op}: {name} is {value!r}; accepted are two positive integers (rows, columns)")
+    return value[0], value[1]
+
+
+def region_arguments(
+    op: str,
+    regions: Tensor,
+    profile: str,
+    temperature: float,
+    *,
+    x: Tensor | None = None,
+    nodes: Tensor | None = None,
+    size: object = None,
+) -> tuple[int, int]:
+    """Check a call of a region op and return its map size (H, W).
+
+    Raises TypeError for arguments of the wrong type or dtype and ValueError for wrong values, ranks and shapes.
+    """
+    call: dict[str, object] = {
+        name: t for name, t in (("x", x), ("nodes", nodes), ("regions", regions)) if t is not None
+    }
+    if size is not None:
+        call["size"] = size
+    for name, t in call.items():
+        if name != "size" and not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}; accepted is a torch.Tensor; call: {describe(call)}")
+    choice(op, "profile", profile, PROFILES)
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"{op}: temperature is {temperature!r}; accepted is a finite number > 0")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{op}: temperature is {temperature!r}; accepted is a finite number > 0")
+
+    def fail(name: str, what: str, accepted: str, error: type[Exception] = ValueError) -> None:
+        raise error(f"{op}: {name} {what}; accepted is {accepted}; call: {describe(call)}")
+
+    if regions.dim() < 2 or regions.shape[-1] != 4:
+        fail("regions", f"has shape {tuple(regions.shape)}", "(*, N, 4) = (cx, cy, w, h) in cells of the map")
+    lead = regions.shape[:-2]
+    features, name, rank = (x, "x", 3) if x is not None else (nodes, "nodes", 2)
+    if features is not None:
+        form = "(*, C, H, W)" if rank == 3 else "(*, N, C)"
+        if features.dim() < rank:
+            fail(name, f"has {features.dim()} dimensions", form)
+        if features.shape[:-rank] != lead:
+            fail(name, f"has leading dimensions {tuple(features.shape[:-rank])}", f"those of regions, {tuple(lead)}")
+        if rank == 2 and features.shape[-2] != regions.shape[-2]:
+            fail(name, f"has {features.shape[-2]} nodes", f"the number of regions, {regions.shape[-2]}")
+        if features.dtype not in FLOATS:
+            fail(name, f"is {str(features.dtype)[6:]}", "float16, bfloat16, float32 or float64", TypeError)
+        if regions.dtype not in (features.dtype, torch.float32):
+            fail("regions", f"is {str(regions.dtype)[6:]}", f"{name}'s dtype or float32", TypeError)
+        if regions.device != features.device:
+            fail("regions", f"is on {regions.device}", f"{name}'s device, {features.device}")
+    elif regions.dtype not in FLOATS:
+        fail("regions", f"is {str(regions.dtype)[6:]}", "float16, bfloat16, float32 or float64", TypeError)
+    if x is not None:
+        return x.shape[-2], x.shape[-1]
+    return pair(op, "size", size)
