@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TINY = 1e-12  # a gaussian narrower than this weighs one cell, and squares of it stay representable
+_NARROW = 1e-9  # a gaussian narrower than this weighs one cell, and squares of it stay representable
 
 
 def _axis(center: Tensor, extent: Tensor, length: int, profile: str, temperature: float) -> Tensor:
@@ -23,7 +23,7 @@ def _axis(center: Tensor, extent: Tensor, length: int, profile: str, temperature
         if length == 0:
             return d
         nearest = d.detach().amin(-1, keepdim=True)  # shifting by a constant leaves softmax and its gradient alone
-        width = s.clamp(min=_TINY)
+        width = s.clamp(min=_NARROW)
         k = torch.softmax(-0.5 * (d - nearest) * (d + nearest) / width / width, dim=-1)
         return torch.where(s <= 0, 0, k)
     f = torch.relu(s - d)

@@ -14,13 +14,17 @@ Sub-gradients at d = 0 and d = s are 0. A NaN region spoils its own node in pool
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import reference
+from .. import reference, tuning
 from ..dispatch import choose
 from ..eager import region as eager
+from ..launch import accumulator, launch, leading, map_layout, precision, wider
 from ..validate import region_arguments
 
 
@@ -30,6 +34,17 @@ def _autocast(features: Tensor) -> Tensor:
     if features.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return features.to(torch.get_autocast_dtype(kind))
     return features
+
+
+def _refuse_tangents(op: str, *tensors: Tensor) -> None:
+    """A custom op would drop forward-mode tangents without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{op}: forward-mode differentiation is not implemented on the triton backend; "
+            'use dyreg_triton.backend("eager")'
+        )
 
 
 def region_kernel(
@@ -55,6 +70,9 @@ def region_kernel(
     name = choose("region_kernel", regions.device, regions.dtype)
     if name == "reference":
         return reference.region_kernel(regions, size, profile=profile, temperature=temperature)
+    if name == "triton":
+        _refuse_tangents("region_kernel", regions)
+        return _kernel(regions, *size, profile, float(temperature))
     return eager.region_kernel(regions, size, profile, temperature)
 
 
@@ -80,6 +98,13 @@ def region_pool(x: Tensor, regions: Tensor, *, profile: str = "linear", temperat
     name = choose("region_pool", x.device, x.dtype)
     if name == "reference":
         return reference.region_pool(x, regions, profile=profile, temperature=temperature)
+    if name == "triton":
+        _refuse_tangents("region_pool", x, regions)
+        lead = x.shape[:-3]
+        if len(lead) > 3:  # the kernels address up to three leading dimensions in place
+            x, regions = x.flatten(0, -4), regions.flatten(0, -3)
+        nodes = _pool(x, regions, profile, float(temperature))
+        return nodes if len(lead) <= 3 else nodes.unflatten(0, lead)
     return eager.region_pool(x, regions, profile, temperature)
 
 
@@ -105,4 +130,255 @@ def region_remap(
     name = choose("region_remap", nodes.device, nodes.dtype)
     if name == "reference":
         return reference.region_remap(nodes, regions, size, profile=profile, temperature=temperature)
+    if name == "triton":
+        _refuse_tangents("region_remap", nodes, regions)
+        lead = nodes.shape[:-2]
+        if len(lead) > 3:
+            nodes, regions = nodes.flatten(0, -3), regions.flatten(0, -3)
+        y = _remap(nodes, regions, *size, profile, float(temperature))
+        return y if len(lead) <= 3 else y.unflatten(0, lead)
     return eager.region_remap(nodes, regions, size, profile, temperature)
+
+
+# --- the Triton path: launches ------------------------------------------------------------------------------------------
+
+
+def _constants(kernel_input: Tensor, regions: Tensor, size: tuple[int, int], profile: str, config: tuning.Config) -> dict:
+    return {
+        "N": regions.shape[-2], "H": size[0], "W": size[1], "PROFILE": profile,
+        "ACC": accumulator(kernel_input.dtype),
+        "BLOCK_N": config.block_n, "BLOCK_P": config.block_p, "BLOCK_AXIS": 32, "num_warps": config.num_warps,
+    }  # fmt: skip
+
+
+def _gather(
+    x: Tensor, v: Tensor | None, regions: Tensor, profile: str, temperature: float, *, nodes: bool
+) -> tuple[Tensor, Tensor]:
+    """One pass over map x: (nodes, region gradient), the first empty unless `nodes`, the second unless v is given."""
+    from ..kernels.region import region_gather
+
+    (channels, *size), number = x.shape[-3:], regions.shape[-2]
+    frames = math.prod(x.shape[:-3])
+    kind = "gather" if v is None else "gather_moments"
+    config = tuning.region(kind, frames, number, channels, size[0] * size[1], x.element_size())
+    c_blocks = -(-channels // config.block_c)
+    lead1, lead2, (lead,) = leading(x)
+    layout = map_layout(x, lead)
+    pooled = x.new_empty((*x.shape[:-3], number, channels) if nodes else 0)
+    rows = x.new_empty(0 if v is None else (frames, c_blocks, number, 4), dtype=wider(x.dtype))
+    launch(
+        region_gather, frames * c_blocks * -(-number // config.block_n), x,
+        x, x if v is None else v.contiguous(), regions.contiguous(), pooled, rows, temperature,
+        channels, lead1, lead2, *layout.strides,
+        NODES=nodes, MOMENTS=v is not None,
+        FLAT=layout.flat, ALIGN=layout.align, CHANNELS_LAST=layout.channels_last,
+        PRECISION=precision(x.dtype), BLOCK_C=config.block_c,
+        **_constants(x, regions, (size[0], size[1]), profile, config),
+    )  # fmt: skip
+    return pooled, rows if v is None else _summed(rows, regions)
+
+
+def _scatter(
+    y: Tensor, v: Tensor, x: Tensor | None, regions: Tensor, profile: str, temperature: float
+) -> Tensor | None:
+    """Write map y from nodes v; with map x return the region gradient too, or None where N does not fit one program."""
+    from ..kernels.region import region_scatter
+
+    (channels, *size), number = y.shape[-3:], regions.shape[-2]
+    frames = math.prod(y.shape[:-3])
+    kind = "scatter" if x is None else "scatter_moments"
+    config = tuning.region(kind, frames, number, channels, size[0] * size[1], y.element_size())
+    if x is not None and number > config.block_n:
+        _scatter(y, v, None, regions, profile, temperature)
+        return _gather(x, v, regions, profile, temperature, nodes=False)[1]
+    c_blocks = -(-channels // config.block_c)
+    read = y if x is None else x
+    lead1, lead2, (x_lead, y_lead) = leading(read, y)
+    x_layout, y_layout = map_layout(read, x_lead), map_layout(y, y_lead)
+    rows = y.new_empty(0 if x is None else (frames, c_blocks, number, 4), dtype=wider(y.dtype))
+    launch(
+        region_scatter, frames * c_blocks, y,
+        v.contiguous(), read, regions.contiguous(), y, rows, temperature,
+        channels, lead1, lead2, *x_layout.strides, *y_layout.strides,
+        MOMENTS=x is not None,
+        X_FLAT=x_layout.flat, X_ALIGN=x_layout.align, X_CHANNELS_LAST=x_layout.channels_last,
+        Y_FLAT=y_layout.flat, Y_ALIGN=y_layout.align, Y_CHANNELS_LAST=y_layout.channels_last,
+        PRECISION=precision(y.dtype), BLOCK_C=config.block_c,
+        **_constants(y, regions, (size[0], size[1]), profile, config),
+    )  # fmt: skip
+    return None if x is None else _summed(rows, regions)
+
+
+def _dense(k: Tensor, regions: Tensor, profile: str, temperature: float) -> None:
+    from ..kernels.region import region_dense
+
+    number, *size = k.shape[-3:]
+    frames, cells = math.prod(k.shape[:-3]), size[0] * size[1]
+    config = tuning.region("dense", frames, number, 1, cells, k.element_size())
+    programs = frames * -(-number // config.block_n) * -(-cells // config.block_p)
+    launch(region_dense, programs, k, regions.contiguous(), k, temperature,
+           **_constants(k, regions, (size[0], size[1]), profile, config))  # fmt: skip
+
+
+def _dense_moments(grad: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+    from ..kernels.region import region_dense_backward
+
+    number, *size = grad.shape[-3:]
+    frames, cells = math.prod(grad.shape[:-3]), size[0] * size[1]
+    config = tuning.region("dense_moments", frames, number, 16, cells, grad.element_size())
+    rows = grad.new_empty((frames, 1, number, 4), dtype=wider(grad.dtype))
+    launch(region_dense_backward, frames * -(-number // config.block_n), grad,
+           regions.contiguous(), grad.contiguous(), rows, temperature,
+           **_constants(grad, regions, (size[0], size[1]), profile, config))  # fmt: skip
+    return _summed(rows, regions)
+
+
+def _summed(rows: Tensor, regions: Tensor) -> Tensor:
+    """Region gradients from one row per program, summed in fixed order: bit-identical from run to run."""
+    total = rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)
+    return total.to(regions.dtype).view(regions.shape)
+
+
+# --- the Triton path: each op is schema, implementation, fake, autograd, and a backward op of its own --------------------
+
+_NO_SECOND = (
+    "{}: second derivatives are not implemented on the triton backend; "
+    'compute the forward under dyreg_triton.backend("eager") to differentiate twice'
+)
+
+
+def _once_only(op: torch.library.CustomOpDef, name: str) -> None:
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(_NO_SECOND.format(name))
+
+    op.register_autograd(refuse)
+
+
+@torch.library.custom_op("dyreg_triton::region_pool", mutates_args=())
+def _pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+    nodes = x.new_empty(*x.shape[:-3], regions.shape[-2], x.shape[-3])
+    if nodes.numel() == 0 or x.numel() == 0:
+        return nodes.zero_()
+    return _gather(x, None, regions, profile, temperature, nodes=True)[0]
+
+
+@_pool.register_fake
+def _(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+    return x.new_empty(*x.shape[:-3], regions.shape[-2], x.shape[-3])
+
+
+@torch.library.custom_op("dyreg_triton::region_pool_backward", mutates_args=())
+def _pool_backward(
+    grad: Tensor, x: Tensor, regions: Tensor, profile: str, temperature: float, need_x: bool, need_regions: bool
+) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0 or regions.numel() == 0:
+        by_x, by_regions = _pool_gradients(x, regions, need_x, need_regions)
+        return by_x.zero_(), by_regions.zero_()
+    if not need_x:
+        return x.new_empty(0), _gather(x, grad, regions, profile, temperature, nodes=False)[1]
+    by_x = torch.empty_like(x)
+    by_regions = _scatter(by_x, grad, x if need_regions else None, regions, profile, temperature)
+    return by_x, regions.new_empty(0) if by_regions is None else by_regions
+
+
+def _pool_gradients(x: Tensor, regions: Tensor, need_x: bool, need_regions: bool) -> tuple[Tensor, Tensor]:
+    by_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    return by_x, regions.new_empty(regions.shape if need_regions else 0)
+
+
+@_pool_backward.register_fake
+def _(grad: Tensor, x: Tensor, regions: Tensor, profile: str, temperature: float, need_x: bool, need_regions: bool):
+    return _pool_gradients(x, regions, need_x, need_regions)
+
+
+@torch.library.custom_op("dyreg_triton::region_remap", mutates_args=())
+def _remap(nodes: Tensor, regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
+    y = nodes.new_empty(*nodes.shape[:-2], nodes.shape[-1], height, width)
+    if y.numel() == 0 or nodes.numel() == 0:
+        return y.zero_()
+    _scatter(y, nodes, None, regions, profile, temperature)
+    return y
+
+
+@_remap.register_fake
+def _(nodes: Tensor, regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
+    return nodes.new_empty(*nodes.shape[:-2], nodes.shape[-1], height, width)
+
+
+@torch.library.custom_op("dyreg_triton::region_remap_backward", mutates_args=())
+def _remap_backward(
+    grad: Tensor, nodes: Tensor, regions: Tensor, profile: str, temperature: float, need_nodes: bool, need_regions: bool
+) -> tuple[Tensor, Tensor]:
+    if grad.numel() == 0 or regions.numel() == 0:
+        by_nodes, by_regions = _remap_gradients(nodes, regions, need_nodes, need_regions)
+        return by_nodes.zero_(), by_regions.zero_()
+    v = nodes if need_regions else None
+    by_nodes, by_regions = _gather(grad, v, regions, profile, temperature, nodes=need_nodes)
+    return by_nodes, by_regions if need_regions else regions.new_empty(0)
+
+
+def _remap_gradients(nodes: Tensor, regions: Tensor, need_nodes: bool, need_regions: bool) -> tuple[Tensor, Tensor]:
+    return nodes.new_empty(nodes.shape if need_nodes else 0), regions.new_empty(regions.shape if need_regions else 0)
+
+
+@_remap_backward.register_fake
+def _(
+    grad: Tensor, nodes: Tensor, regions: Tensor, profile: str, temperature: float, need_nodes: bool, need_regions: bool
+):
+    return _remap_gradients(nodes, regions, need_nodes, need_regions)
+
+
+@torch.library.custom_op("dyreg_triton::region_kernel", mutates_args=())
+def _kernel(regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
+    k = regions.new_empty(*regions.shape[:-1], height, width)
+    if k.numel():
+        _dense(k, regions, profile, temperature)
+    return k
+
+
+@_kernel.register_fake
+def _(regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
+    return regions.new_empty(*regions.shape[:-1], height, width)
+
+
+@torch.library.custom_op("dyreg_triton::region_kernel_backward", mutates_args=())
+def _kernel_backward(grad: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+    if grad.numel() == 0:
+        return regions.new_zeros(regions.shape)
+    return _dense_moments(grad, regions, profile, temperature)
+
+
+@_kernel_backward.register_fake
+def _(grad: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+    return regions.new_empty(regions.shape)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.options = inputs[-2:]
+    ctx.rest = (None,) * (len(inputs) - 2)
+    ctx.save_for_backward(*[t for t in inputs if isinstance(t, Tensor)])
+
+
+def _wanted(ctx: Any, *gradients: Tensor) -> tuple:
+    """The gradients that were asked for, and None for every other input."""
+    return tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)) + ctx.rest
+
+
+def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
+    return _wanted(ctx, *_pool_backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]))
+
+
+def _remap_autograd(ctx: Any, grad: Tensor) -> tuple:
+    return _wanted(ctx, *_remap_backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]))
+
+
+def _kernel_autograd(ctx: Any, grad: Tensor) -> tuple:
+    return (_kernel_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+
+
+_pool.register_autograd(_pool_autograd, setup_context=_setup)
+_remap.register_autograd(_remap_autograd, setup_context=_setup)
+_kernel.register_autograd(_kernel_autograd, setup_context=_setup)
+_once_only(_pool_backward, "region_pool")
+_once_only(_remap_backward, "region_remap")
+_once_only(_kernel_backward, "region_kernel")

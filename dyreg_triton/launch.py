@@ -1,0 +1,89 @@
+"""From tensors to kernel arguments: strides, precision, the launch itself."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MapLayout(NamedTuple):
+    """How a kernel addresses a map (*, C, H, W) with up to three leading dimensions, without copying it.
+
+    Strides of the leading dimensions, of C, H and W, all but the one that is 1 divided by `align`, their common
+    divisor up to 16 bytes: the compiler learns it and keeps wide loads where H*W is no multiple of 16.
+    `flat`: cell p is at p times the W stride. `channels_last`: C has stride 1 and W has not.
+    """
+
+    strides: tuple[int, ...]
+    flat: bool
+    align: int
+    channels_last: bool
+
+
+def leading(*maps: Tensor) -> tuple[int, int, list[tuple[int, int, int]]]:
+    """(LEAD1, LEAD2, strides of each map): frame f is at [f // LEAD2 // LEAD1, f // LEAD2 % LEAD1, f % LEAD2].
+
+    One leading dimension where all maps allow it (LEAD1 = LEAD2 = 1), else as they are.
+    """
+    sizes = maps[0].shape[:-3]
+    strides = [t.stride()[:-3] for t in maps]
+    kept = [i for i, size in enumerate(sizes) if size != 1]
+    if not kept:
+        return 1, 1, [(0, 0, 0)] * len(maps)
+    if all(s[a] == s[b] * sizes[b] for s in strides for a, b in zip(kept, kept[1:], strict=False)):
+        return 1, 1, [(s[kept[-1]], 0, 0) for s in strides]
+    if len(kept) == 2:
+        return 1, sizes[kept[1]], [(s[kept[0]], 0, s[kept[1]]) for s in strides]
+    return sizes[1], sizes[2], [(s[0], s[1], s[2]) for s in strides]
+
+
+def map_layout(t: Tensor, lead: tuple[int, int, int]) -> MapLayout:
+    """The layout of map `t` whose leading strides are `lead`."""
+    channels, height, width = t.shape[-3:]
+    s_c, s_h, s_w = t.stride()[-3:]
+    if width == 1:
+        s_w = s_h
+    if height == 1:
+        s_h = s_w * width
+    if channels == 1:
+        s_c = 0
+    channels_last = s_c == 1 and s_w != 1
+    flat = s_h == s_w * width
+    if flat:  # not used, so it may not spoil the divisor
+        s_h = 0
+    others = (*lead, s_h, s_w) if channels_last else (*lead, s_c, s_h)
+    align = math.gcd(16 // t.element_size(), *others) if channels_last or s_w == 1 else 1
+    strides = [s // align for s in (*lead, s_c, s_h, s_w)]
+    strides[3 if channels_last else 5] = s_c if channels_last else s_w
+    return MapLayout(tuple(strides), flat, align, channels_last)
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """What sums over `dtype` accumulate in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """`wider(dtype)` in Triton's terms."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as torch.get_float32_matmul_precision() says for torch's own products."""
+    if dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def launch(kernel: Any, programs: int, tensor: Tensor, *args: Any, **constants: Any) -> None:
+    """Run `programs` programs of a Triton kernel under the device of `tensor`."""
+    guard = torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+    with guard:
+        # said out loud, because a later Triton turns fused multiply-add off by default
+        kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
