@@ -75,7 +75,7 @@ def compiling(target: str) -> Iterator[list[Code]]:
         codes.append(inspect(compiled, target))
         return compiled
 
-    former = driver._active if hasattr(driver, "_active") else None
+    former = driver._active
     driver.set_active(_Driver(target))
     try:
         with mock.patch.object(JITFunction, "run", compile_only):
@@ -111,7 +111,9 @@ def inspect(compiled: Any, target: str) -> Code:
             usage = subprocess.run(
                 [_tool("cuobjdump"), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
             ).stdout
-            text = subprocess.run([_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+            text = subprocess.run(
+                [_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True
+            ).stdout
         registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
         spills = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))  # type: ignore[union-attr]
         tensor_core = len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)", text))
@@ -136,7 +138,12 @@ def inspect(compiled: Any, target: str) -> Code:
 
 
 def region_calls(
-    dtype: torch.dtype, profile: str, size: tuple[int, int] = (14, 14), frames: int = 160, channels: int = 512, n: int = 9
+    dtype: torch.dtype,
+    profile: str,
+    size: tuple[int, int] = (14, 14),
+    frames: int = 160,
+    channels: int = 512,
+    n: int = 9,
 ) -> None:
     """Launch every kernel of the region ops, forward and backward, on meta tensors."""
     from dyreg_triton.ops import region as ops

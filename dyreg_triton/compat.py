@@ -106,6 +106,9 @@ class DynamicGraph(dyreg.DynamicGraph):
     `kernel_center_w` (B*T, N, 1).
     """
 
+    ph_buf: Tensor
+    pw_buf: Tensor
+
     def __init__(
         self,
         params: object = None,
@@ -165,9 +168,7 @@ class DynamicGraph(dyreg.DynamicGraph):
             del self.glore.pos_emb_buf
             self.glore.register_buffer("pos_emb_buf", positions)
             # in the authors' checkpoints, and never used
-            self.glore.norm_dict = nn.ModuleDict(
-                {"offset_location_emb": ChannelAffineNorm((1, node_dim, 1, 1), 3)}
-            )
+            self.glore.norm_dict = nn.ModuleDict({"offset_location_emb": ChannelAffineNorm((1, node_dim, 1, 1), 3)})
 
     def initial_centers(self) -> Tensor:
         return torch.cat([self.pw_buf, self.ph_buf], dim=-1)[0]
@@ -181,7 +182,7 @@ class DynamicGraph(dyreg.DynamicGraph):
         self.offsets = torch.stack([h, w, cy, cx], dim=-1)
         self.kernel_h, self.kernel_w, self.kernel_center_h, self.kernel_center_w = h, w, cy, cx
 
-    def forward(self, input_feats: Tensor) -> Tensor:
+    def forward(self, input_feats: Tensor) -> Tensor:  # type: ignore[override]  # published: no regions returned
         y, regions = super().forward(input_feats)
         if self.keep_regions:
             self._keep(regions)

@@ -61,17 +61,19 @@ def _interpreted() -> bool:
         return False
     if importlib.util.find_spec("triton") is None:
         return False
-    from .kernels import common
+    from .kernels.common import interpreted
 
-    return common.interpreted()
+    return interpreted()
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None where backend `name` can take tensors of this device and dtype, else the reason in words."""
-    if name != "triton":
-        return None
+    return _why_not_triton(device, dtype) if name == "triton" else None
+
+
+@functools.cache
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     interpreted = _interpreted()

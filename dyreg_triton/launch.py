@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ def leading(*maps: Tensor) -> tuple[int, int, list[tuple[int, int, int]]]:
     kept = [i for i, size in enumerate(sizes) if size != 1]
     if not kept:
         return 1, 1, [(0, 0, 0)] * len(maps)
-    if all(s[a] == s[b] * sizes[b] for s in strides for a, b in zip(kept, kept[1:], strict=False)):
+    if all(s[a] == s[b] * sizes[b] for s in strides for a, b in itertools.pairwise(kept)):
         return 1, 1, [(s[kept[-1]], 0, 0) for s in strides]
     if len(kept) == 2:
         return 1, sizes[kept[1]], [(s[kept[0]], 0, s[kept[1]]) for s in strides]

@@ -8,6 +8,8 @@ Sums accumulate in float32 (float64 for float64). Arguments are checked by the c
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -34,10 +36,18 @@ def _axis(center: Tensor, extent: Tensor, length: int, profile: str, temperature
 
 
 def _kernel(regions: Tensor, size: tuple[int, int], profile: str, temperature: float) -> Tensor:
-    cx, cy, w, h = regions.unbind(-1)
-    k_y = _axis(cy, h, size[0], profile, temperature)
-    k_x = _axis(cx, w, size[1], profile, temperature)
+    center, extent = regions[..., :2], regions[..., 2:]  # each (*, N, 2) = across, down
+    if size[0] == size[1]:  # both axes at once: on small maps the calls cost more than the arithmetic
+        k_x, k_y = _axis(center, extent, size[0], profile, temperature).unbind(-2)
+    else:
+        k_x = _axis(center[..., 0], extent[..., 0], size[1], profile, temperature)
+        k_y = _axis(center[..., 1], extent[..., 1], size[0], profile, temperature)
     return k_y.unsqueeze(-1) * k_x.unsqueeze(-2)
+
+
+def _full_precision(device: str) -> AbstractContextManager:
+    """Autocast off: the sums stay in float32."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def region_kernel(regions: Tensor, size: tuple[int, int], profile: str, temperature: float) -> Tensor:
@@ -49,7 +59,7 @@ def region_kernel(regions: Tensor, size: tuple[int, int], profile: str, temperat
 def region_pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
     """nodes (*, N, C) = K x^T."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):  # the sums stay in float32
+    with _full_precision(x.device.type):
         k = _kernel(regions.to(wide), (x.shape[-2], x.shape[-1]), profile, temperature)
         return torch.matmul(k.flatten(-2), x.to(wide).flatten(-2).mT).to(x.dtype)
 
@@ -57,7 +67,7 @@ def region_pool(x: Tensor, regions: Tensor, profile: str, temperature: float) ->
 def region_remap(nodes: Tensor, regions: Tensor, size: tuple[int, int], profile: str, temperature: float) -> Tensor:
     """y (*, C, H, W) = nodes^T K."""
     wide = torch.promote_types(nodes.dtype, torch.float32)
-    with torch.autocast(nodes.device.type, enabled=False):
+    with _full_precision(nodes.device.type):
         k = _kernel(regions.to(wide), size, profile, temperature)
         y = torch.matmul(nodes.to(wide).mT, k.flatten(-2)).unflatten(-1, size)
         return y.to(nodes.dtype)

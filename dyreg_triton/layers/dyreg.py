@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class DynamicGraph(nn.Module):
 
     Takes the arguments of `DyReG`. x (B, T, C, H, W) -> (y of x's shape, regions (B, T, N, 4)).
     """
+
+    centers: Tensor
 
     def __init__(
         self,
@@ -112,7 +114,7 @@ class DynamicGraph(nn.Module):
         if self.train_size != self.size:
             maps = F.adaptive_avg_pool2d(maps, self.train_size)
         if self.generator == "fc":
-            connected = self.global_conv[0]
+            connected: Any = self.global_conv[0]
             maps = F.linear(self.fishnet(maps).flatten(1), connected.weight.flatten(1), connected.bias)
             latent = maps.unflatten(1, (self.num_nodes, -1))
         else:
@@ -126,7 +128,9 @@ class DynamicGraph(nn.Module):
         with torch.autocast(features.device.type, enabled=False):  # a lowered region moves its nodes by percents
             wide = torch.promote_types(latent.dtype, torch.float32)
             bias = self.offset_pred.bias
-            offsets = F.linear(latent.to(wide), self.offset_pred.weight.to(wide), None if bias is None else bias.to(wide))
+            offsets = F.linear(
+                latent.to(wide), self.offset_pred.weight.to(wide), None if bias is None else bias.to(wide)
+            )
             return regions_from_centers(
                 offsets * self.offset_alpha.to(wide),
                 self.initial_centers(),
@@ -168,11 +172,10 @@ class DynamicGraph(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         nodes, regions = self.nodes(x)
         if self.project:  # on N nodes, not on H*W cells; the bias stays outside, for the kernels do not sum to one
-            back = self.project_back_i3d_linear
-            nodes = F.linear(nodes, back.weight.flatten(1))
+            nodes = F.linear(nodes, self.project_back_i3d_linear.weight.flatten(1))
         y = ops.region_remap(nodes, regions, self.size, profile=self.profile, temperature=self.temperature)
         if self.project:
-            y = y + back.bias.to(y.dtype).view(-1, 1, 1)
+            y = y + cast(Tensor, self.project_back_i3d_linear.bias).to(y.dtype).view(-1, 1, 1)
         return y, regions
 
 

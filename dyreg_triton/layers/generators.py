@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +25,11 @@ def _plan(side: int) -> tuple[int, int, int, int, int]:
     return (1, 2, 0, 1, 1) if side > 10 else (1, 1, 0, 1, 1)
 
 
+def _pair(values: Iterable[int]) -> tuple[int, int]:
+    rows, columns = values
+    return rows, columns
+
+
 def _convolved(side: int, stride: int, padding: int) -> int:
     return (side + 2 * padding - 3) // stride + 1
 
@@ -39,15 +46,15 @@ class Fishnet(nn.Module):
         if min(size) < 3:
             raise ValueError(f"DyReG: size is {size}; accepted by generator 'fc' is at least 3 cells on each side")
         plans = [_plan(side) for side in size]
-        self.pooling = tuple(p[0] for p in plans)
-        strides = [tuple(p[1] for p in plans), tuple(p[3] for p in plans)]
-        paddings = [tuple(p[2] for p in plans), tuple(p[4] for p in plans)]
-        sides = [tuple(side // pool for side, pool in zip(size, self.pooling, strict=True))]
+        self.pooling = _pair(p[0] for p in plans)
+        strides = [_pair(p[1] for p in plans), _pair(p[3] for p in plans)]
+        paddings = [_pair(p[2] for p in plans), _pair(p[4] for p in plans)]
+        sides = [_pair(side // pool for side, pool in zip(size, self.pooling, strict=True))]
         for stride, padding in zip(strides, paddings, strict=True):
-            sides.append(tuple(map(_convolved, sides[-1], stride, padding)))
+            sides.append(_pair(map(_convolved, sides[-1], stride, padding)))
         self.size = sides[2]
         # what a transposed convolution of this stride leaves out of a side that does not divide evenly
-        rest = tuple(
+        rest = _pair(
             want - ((have - 1) * s + 3 - 2 * p)
             for want, have, s, p in zip(sides[1], sides[2], strides[1], paddings[1], strict=True)
         )
@@ -103,6 +110,8 @@ class GloRe(nn.Module):
     `weights_over="locations"` normalises each node's weights over the map (an average, as in the paper); "nodes"
     normalises each location's weights over the nodes and sums (the published code).
     """
+
+    pos_emb_buf: Tensor
 
     def __init__(self, in_channels: int, size: tuple[int, int], nodes: int, channels: int, weights_over: str):
         super().__init__()

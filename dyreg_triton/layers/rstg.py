@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -98,7 +100,7 @@ class RSTG(nn.Module):
 
     def messages(self, nodes: Tensor) -> Tensor:
         """Messages before their normalisation: (B, T, receivers N, senders N, C)."""
-        first = self.send_mlp[0]
+        first: Any = self.send_mlp[0]
         if self.combine == "sum":
             sender = receiver = F.linear(nodes, first.weight)
         else:
@@ -110,7 +112,7 @@ class RSTG(nn.Module):
     def space(self, nodes: Tensor) -> Tensor:
         """One round of messages and updates within each frame."""
         messages = self.messages(nodes)
-        norm = self.norm_dict["send_message_norm"]
+        norm: Any = self.norm_dict["send_message_norm"]
         if self.aggregation == "dot":
             weights = torch.softmax(self.att_q(nodes) @ self.att_k(nodes).mT, dim=-1).to(messages.dtype)
             average = (weights.unsqueeze(3) @ messages).squeeze(3)

@@ -36,14 +36,17 @@ def _autocast(features: Tensor) -> Tensor:
     return features
 
 
-def _refuse_tangents(op: str, *tensors: Tensor) -> None:
-    """A custom op would drop forward-mode tangents without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def _refuse_transforms(op: str, *tensors: Tensor) -> None:
+    """A custom op would drop forward-mode tangents without a word, and stop torch.func.grad with an obscure one."""
+    if torch.compiler.is_compiling():
         return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if dual or (transform is not None and transform.key().name in ("Grad", "Jvp")):
         raise RuntimeError(
-            f"{op}: forward-mode differentiation is not implemented on the triton backend; "
-            'use dyreg_triton.backend("eager")'
+            f"{op}: forward-mode differentiation and torch.func's gradient transforms are not implemented on the "
+            "triton backend; accepted there is reverse mode (backward, torch.autograd.grad); for the others compute "
+            'under dyreg_triton.backend("eager")'
         )
 
 
@@ -71,7 +74,7 @@ def region_kernel(
     if name == "reference":
         return reference.region_kernel(regions, size, profile=profile, temperature=temperature)
     if name == "triton":
-        _refuse_tangents("region_kernel", regions)
+        _refuse_transforms("region_kernel", regions)
         return _kernel(regions, *size, profile, float(temperature))
     return eager.region_kernel(regions, size, profile, temperature)
 
@@ -99,7 +102,7 @@ def region_pool(x: Tensor, regions: Tensor, *, profile: str = "linear", temperat
     if name == "reference":
         return reference.region_pool(x, regions, profile=profile, temperature=temperature)
     if name == "triton":
-        _refuse_tangents("region_pool", x, regions)
+        _refuse_transforms("region_pool", x, regions)
         lead = x.shape[:-3]
         if len(lead) > 3:  # the kernels address up to three leading dimensions in place
             x, regions = x.flatten(0, -4), regions.flatten(0, -3)
@@ -131,7 +134,7 @@ def region_remap(
     if name == "reference":
         return reference.region_remap(nodes, regions, size, profile=profile, temperature=temperature)
     if name == "triton":
-        _refuse_tangents("region_remap", nodes, regions)
+        _refuse_transforms("region_remap", nodes, regions)
         lead = nodes.shape[:-2]
         if len(lead) > 3:
             nodes, regions = nodes.flatten(0, -3), regions.flatten(0, -3)
@@ -140,10 +143,12 @@ def region_remap(
     return eager.region_remap(nodes, regions, size, profile, temperature)
 
 
-# --- the Triton path: launches ------------------------------------------------------------------------------------------
+# --- the Triton path: launches ------------------------------------------------------------------------------
 
 
-def _constants(kernel_input: Tensor, regions: Tensor, size: tuple[int, int], profile: str, config: tuning.Config) -> dict:
+def _constants(
+    kernel_input: Tensor, regions: Tensor, size: tuple[int, int], profile: str, config: tuning.Config
+) -> dict:
     return {
         "N": regions.shape[-2], "H": size[0], "W": size[1], "PROFILE": profile,
         "ACC": accumulator(kernel_input.dtype),
@@ -239,7 +244,7 @@ def _summed(rows: Tensor, regions: Tensor) -> Tensor:
     return total.to(regions.dtype).view(regions.shape)
 
 
-# --- the Triton path: each op is schema, implementation, fake, autograd, and a backward op of its own --------------------
+# --- the Triton path: each op is schema, implementation, fake, autograd, and a backward op of its own -------
 
 _NO_SECOND = (
     "{}: second derivatives are not implemented on the triton backend; "
@@ -277,8 +282,8 @@ def _pool_backward(
     if not need_x:
         return x.new_empty(0), _gather(x, grad, regions, profile, temperature, nodes=False)[1]
     by_x = torch.empty_like(x)
-    by_regions = _scatter(by_x, grad, x if need_regions else None, regions, profile, temperature)
-    return by_x, regions.new_empty(0) if by_regions is None else by_regions
+    moments = _scatter(by_x, grad, x if need_regions else None, regions, profile, temperature)
+    return by_x, regions.new_empty(0) if moments is None else moments
 
 
 def _pool_gradients(x: Tensor, regions: Tensor, need_x: bool, need_regions: bool) -> tuple[Tensor, Tensor]:

@@ -28,10 +28,10 @@ def _power_of_two(n: int) -> int:
 # (channels, cells, warps) per program: the largest tiles that stay below about 128 registers a thread on sm_90 (read
 # from the machine code), so that two or more programs share a multiprocessor and hide each other's latency.
 _REGION = {
-    "gather": ((64, 128, 8), (64, 64, 8)),  # 16-bit, 32-bit
+    "gather": ((64, 128, 8), (64, 32, 8)),  # 16-bit, 32-bit
     "scatter": ((64, 64, 8), (64, 32, 8)),
     "gather_moments": ((64, 64, 8), (64, 32, 8)),
-    "scatter_moments": ((64, 64, 8), (32, 32, 4)),
+    "scatter_moments": ((64, 32, 8), (32, 32, 8)),
     "dense": ((16, 256, 4), (16, 256, 4)),
     "dense_moments": ((16, 64, 4), (16, 64, 4)),
 }
@@ -42,13 +42,14 @@ _FILL = 512  # programs that fill a large GPU about twice
 def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsize: int) -> Config:
     """Blocks for a region kernel: `kind` is what it does, see kernels/region.py.
 
-    All regions sit in one program up to 64 of them, and cells shrink as they grow; channels shrink while there are too
-    few programs to fill a large GPU. No block exceeds what its dimension needs, and none falls below the matrix
-    product's least, 16.
+    A program takes all regions up to 64 (32 where it both reads and writes a map, beyond which registers spill), and
+    cells shrink as regions grow, faster where moments are kept; channels shrink while there are too few programs to
+    fill a large GPU. No block exceeds what its dimension needs, and none falls below the matrix product's least, 16.
     """
     block_c, block_p, num_warps = _REGION[kind][itemsize >= 4]
-    block_n = min(64, max(16, _power_of_two(nodes)))
-    block_p = max(16, min(block_p * 16 // block_n, _power_of_two(cells)))
+    block_n = min(32 if kind == "scatter_moments" else 64, max(16, _power_of_two(nodes)))
+    shrink = (block_n // 16) ** (2 if kind.endswith("moments") else 1)
+    block_p = max(16, min(block_p // shrink, _power_of_two(cells)))
     block_c = max(16, min(block_c, _power_of_two(channels)))
     while block_c > 16 and frames * -(-channels // block_c) < _FILL:
         block_c //= 2

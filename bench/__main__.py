@@ -1,0 +1,47 @@
+"""`python -m bench run region` measures; `python -m bench compiled` reads the machine code of GPUs not present."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SUITES = ("region",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    run = commands.add_parser("run", help="measure an op against the published formulation and the floor")
+    run.add_argument("suite", choices=(*SUITES, "all"))
+    run.add_argument("--quick", action="store_true", help="one small shape, no torch.compile: under a minute on CPU")
+    run.add_argument("--out", type=Path, help="append rows to this JSONL instead of bench/results/SUITE-DEVICE.jsonl")
+    run.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    compiled = commands.add_parser("compiled", help="compile every kernel for sm_80, sm_90, sm_100 and gfx942")
+    compiled.add_argument("--all", action="store_true", help="every profile and dtype, not only the default ones")
+    args = parser.parse_args(argv)
+
+    if args.command == "compiled":
+        from .compiled import main as compile_all
+
+        return compile_all(args.all)
+
+    import importlib
+
+    from .measure import Machine
+
+    machine = Machine.here(args.device)
+    print(machine)
+    failed = False
+    for suite in SUITES if args.suite == "all" else (args.suite,):
+        rows, ok = importlib.import_module(f"bench.{suite}").run(machine, quick=args.quick)
+        out = args.out or Path(__file__).parent / "results" / f"{suite}-{machine.slug}.jsonl"
+        machine.append(out, rows)
+        print(f"{len(rows)} rows -> {out}")
+        failed |= not ok
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Where it runs, how long it takes, how a row is kept.
+
+All contenders of a row are timed in one run, interleaved, so that what else the machine does hits them alike. A row is
+kept only if every contender's outputs and gradients were right in that run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dyreg_triton
+from dyreg_triton.cli import _version
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device of a run, and its measured copy bandwidth in bytes a second (read and written bytes both count)."""
+
+    device: torch.device
+    name: str
+    bandwidth: float
+
+    @classmethod
+    def here(cls, device: str | None = None) -> Machine:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cuda = chosen.type == "cuda"
+        name = (
+            torch.cuda.get_device_name(chosen)
+            if cuda
+            else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+        )
+        size = (1 << 30) if cuda else (1 << 27)
+        source = torch.ones(size, dtype=torch.uint8, device=chosen)
+        target = torch.empty_like(source)
+        machine = cls(chosen, name, 0.0)
+        (seconds,) = machine.interleaved([lambda: target.copy_(source)], repeats=10)
+        return cls(chosen, name, 2 * size / seconds)
+
+    def __str__(self) -> str:
+        return f"{self.name}: copies {self.bandwidth / 1e9:.0f} GB/s"
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """One call, by the device's clock on CUDA."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        call()
+        end_event.record()
+        end_event.synchronize()
+        return start_event.elapsed_time(end_event) / 1e3
+
+    def interleaved(self, calls: Sequence[Callable[[], object]], repeats: int = 15) -> list[float]:
+        """Median seconds of each call, taken in turns after two rounds that do not count."""
+        times: list[list[float]] = [[] for _ in calls]
+        for i in range(repeats + 2):
+            for call, kept in zip(calls, times, strict=True):
+                seconds = self.seconds(call)
+                if i >= 2:
+                    kept.append(seconds)
+        return [statistics.median(kept) for kept in times]
+
+    def wall(self, calls: Sequence[Callable[[], object]], repeats: int = 15) -> list[float]:
+        """Median host seconds of each call until its work is done: what a user waits."""
+
+        def timed(call: Callable[[], object]) -> float:
+            start = time.perf_counter()
+            call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return time.perf_counter() - start
+
+        times = [[timed(call) for call in calls] for _ in range(repeats + 2)][2:]
+        return [statistics.median(column) for column in zip(*times, strict=True)]
+
+    def extra_bytes(self, call: Callable[[], object]) -> int | None:
+        """Peak memory of a call beyond what was held before it; None where the device does not tell."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        result = call()
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del result
+        return peak
+
+    def about(self) -> dict[str, Any]:
+        """What every row says of its run."""
+        return {
+            "device": self.name,
+            "copy_bandwidth": self.bandwidth,
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "python": platform.python_version(),
+            "dyreg_triton": dyreg_triton.__version__,
+            "commit": _commit(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def append(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        """Add rows to a JSONL file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        former = path.read_text() if path.exists() else ""
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(former + "".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(partial, path)
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def rotated(make: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """Inputs in turns from several copies that together exceed any cache, so that no call finds its own in it."""
+    first = make()
+    size = sum(t.numel() * t.element_size() for t in first)
+    target = (1 << 28) if device.type == "cuda" else 0
+    copies = [first, *(make() for _ in range(min(64, target // max(size, 1))))]
+    turns = itertools.cycle(copies)
+    return lambda: next(turns)
+
+
+def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest ||found - wanted|| / ||wanted|| over all pairs, in float64; inf where one is not finite."""
+    worst = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        a, b = a.detach().double().cpu(), b.detach().double().cpu()
+        error = ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
