@@ -35,11 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(machine)
     failed = False
     for suite in SUITES if args.suite == "all" else (args.suite,):
-        rows, ok = importlib.import_module(f"bench.{suite}").run(machine, quick=args.quick)
         out = args.out or Path(__file__).parent / "results" / f"{suite}-{machine.slug}.jsonl"
-        machine.append(out, rows)
-        print(f"{len(rows)} rows -> {out}")
-        failed |= not ok
+        kept = 0
+        for row in importlib.import_module(f"bench.{suite}").run(machine, quick=args.quick):
+            failed |= row is None
+            if row is not None:
+                machine.append(out, row)  # as it comes, so that a run cut short leaves what it has
+                kept += 1
+        print(f"{kept} rows -> {out}")
     return 1 if failed else 0
 
 

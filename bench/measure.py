@@ -7,6 +7,7 @@ kept only if every contender's outputs and gradients were right in that run.
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -120,15 +121,16 @@ class Machine:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def append(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        """Add rows to a JSONL file, whole or not at all."""
+    def append(self, path: Path, row: dict[str, Any]) -> None:
+        """Add a row to a JSONL file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         former = path.read_text() if path.exists() else ""
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(former + "".join(json.dumps(row) + "\n" for row in rows))
+        partial.write_text(former + json.dumps({**row, **self.about()}) + "\n")
         os.replace(partial, path)
 
 
+@functools.cache
 def _commit() -> str:
     root = Path(__file__).parent
     try:

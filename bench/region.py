@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,14 +72,11 @@ def _floor_bytes(op: str, backward: bool, x: Tensor, nodes: Tensor, regions: Ten
     return a + v + r + (a + 2 * v + 2 * r if backward else 0)  # nodes -> y; then grad y -> grad nodes, grad regions
 
 
-def run(machine: Machine, *, quick: bool) -> tuple[list[dict[str, Any]], bool]:
-    """Rows of every shape, dtype and stage, and whether all were right."""
+def run(machine: Machine, *, quick: bool) -> Iterator[dict[str, Any] | None]:
+    """A row for every shape, dtype and stage as it is measured; None for one whose results were wrong."""
     device = machine.device
     shapes = SHAPES["cuda" if device.type == "cuda" else "cpu"]
     dtypes = [torch.bfloat16, torch.float32] if device.type == "cuda" else [torch.float32]
-    rows: list[dict[str, Any]] = []
-    ok = True
-    about = machine.about()
     cells = [(s, d, i) for s in (shapes[:1] if quick else shapes) for d in dtypes for i in ("center", "grid")]
     for shape, dtype, init in cells[: 1 if quick else None]:
         for op, (ours, published, which) in _stages(shape).items():
@@ -91,11 +88,10 @@ def run(machine: Machine, *, quick: bool) -> tuple[list[dict[str, Any]], bool]:
                 row = _row(machine, shape, dtype, init, op, which, contenders, backward)
                 if row["errors"]["ours"] > TOLERANCE[dtype]:
                     print(f"WRONG, not kept: {op} {shape} {dtype}: {row['errors']}")
-                    ok = False
-                    continue
-                rows.append({**row, **about})
-                print(_line(row))
-    return rows, ok
+                    yield None
+                else:
+                    print(_line(row))
+                    yield row
 
 
 def _row(

