@@ -57,7 +57,8 @@ def current_backend() -> str:
 
 def _interpreted() -> bool:
     # Asking costs an import of triton, so it is asked only where somebody wants the interpreter or kernels are loaded.
-    if not os.environ.get("TRITON_INTERPRET") and "dyreg_triton.kernels.common" not in sys.modules:
+    unset = os.environ.get("TRITON_INTERPRET", "").lower() in ("", "0", "false", "off", "no", "n")
+    if unset and "dyreg_triton.kernels.common" not in sys.modules:
         return False
     if importlib.util.find_spec("triton") is None:
         return False
@@ -66,10 +67,13 @@ def _interpreted() -> bool:
     return interpreted()
 
 
-@torch.compiler.assume_constant_result
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None where backend `name` can take tensors of this device and dtype, else the reason in words."""
     return _why_not_triton(device, dtype) if name == "triton" else None
+
+
+# What torch.compiler.assume_constant_result sets; that function itself would import all of torch._dynamo for everybody.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -31,21 +31,38 @@ def positive_int(op: str, name: str, value: object) -> int:
     return value  # type: ignore[return-value]
 
 
-def choice(op: str, name: str, value: object, accepted: tuple[str, ...]) -> str:
+def _of(call: Mapping[str, object] | None) -> str:
+    """The end of a message: the shapes of the call, where they are known."""
+    return "" if call is None else f"; call: {describe(call)}"
+
+
+def choice(
+    op: str, name: str, value: object, accepted: tuple[str, ...], call: Mapping[str, object] | None = None
+) -> str:
     """`value` as one of the accepted names."""
     if not isinstance(value, str) or value not in accepted:
-        raise ValueError(f"{op}: {name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+        raise ValueError(f"{op}: {name} is {value!r}; accepted are {', '.join(map(repr, accepted))}{_of(call)}")
     return value
 
 
-def pair(op: str, name: str, value: object) -> tuple[int, int]:
+def pair(op: str, name: str, value: object, call: Mapping[str, object] | None = None) -> tuple[int, int]:
     """`value` as two positive integers (rows, columns)."""
-    if not isinstance(value, (tuple, list, torch.Size)) or len(value) != 2:
-        raise ValueError(f"{op}: {name} is {value!r}; accepted are two positive integers (rows, columns)")
-    for v in value:
-        if isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) or v <= 0:
-            raise ValueError(f"{op}: {name} is {value!r}; accepted are two positive integers (rows, columns)")
-    return value[0], value[1]
+    if isinstance(value, (tuple, list, torch.Size)) and len(value) == 2:
+        rows, columns = value
+        if all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) and v > 0 for v in value):
+            return rows, columns
+    raise ValueError(f"{op}: {name} is {value!r}; accepted are two positive integers (rows, columns){_of(call)}")
+
+
+def profile_arguments(op: str, profile: object, temperature: object, call: Mapping[str, object] | None = None) -> None:
+    """Check a region profile's name and its temperature."""
+    choice(op, "profile", profile, PROFILES, call)
+    error: type[Exception] = TypeError
+    if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
+        if temperature > 0 and math.isfinite(temperature):
+            return
+        error = ValueError
+    raise error(f"{op}: temperature is {temperature!r}; accepted is a finite number > 0{_of(call)}")
 
 
 def region_arguments(
@@ -70,11 +87,7 @@ def region_arguments(
     for name, t in call.items():
         if name != "size" and not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}; accepted is a torch.Tensor; call: {describe(call)}")
-    choice(op, "profile", profile, PROFILES)
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"{op}: temperature is {temperature!r}; accepted is a finite number > 0")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{op}: temperature is {temperature!r}; accepted is a finite number > 0")
+    profile_arguments(op, profile, temperature, call)
 
     def fail(name: str, what: str, accepted: str, error: type[Exception] = ValueError) -> None:
         raise error(f"{op}: {name} {what}; accepted is {accepted}; call: {describe(call)}")
@@ -101,4 +114,4 @@ def region_arguments(
         fail("regions", f"is {str(regions.dtype)[6:]}", "float16, bfloat16, float32 or float64", TypeError)
     if x is not None:
         return x.shape[-2], x.shape[-1]
-    return pair(op, "size", size)
+    return pair(op, "size", size, call)

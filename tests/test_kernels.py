@@ -129,7 +129,7 @@ def test_blocks_of_cells(profile, size):
 @kernels
 def test_long_axes_are_summed_in_blocks():
     """Axes longer than the block in which a program sums them."""
-    x, v, r = inputs(1, c=2, h=3, w=97, n=3)
+    x, _, r = inputs(1, c=2, h=3, w=97, n=3)
     for profile in ("linear", "gaussian", "log-linear"):
         agree(lambda x, r, p=profile: dt.ops.region_pool(x, r, profile=p), x, r)
         agree(lambda r, p=profile: dt.ops.region_kernel(r.mT.mT, (97, 3), profile=p), r[..., [1, 0, 3, 2]])

@@ -8,10 +8,10 @@ Sums accumulate in float32 (float64 for float64). Arguments are checked by the c
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
+
+from ..autocast import full_precision
 
 _NARROW = 1e-9  # a gaussian narrower than this weighs one cell, and squares of it stay representable
 
@@ -45,21 +45,16 @@ def _kernel(regions: Tensor, size: tuple[int, int], profile: str, temperature: f
     return k_y.unsqueeze(-1) * k_x.unsqueeze(-2)
 
 
-def _full_precision(device: str) -> AbstractContextManager:
-    """Autocast off: the sums stay in float32."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 def region_kernel(regions: Tensor, size: tuple[int, int], profile: str, temperature: float) -> Tensor:
     """K (*, N, H, W) in the dtype of `regions`."""
     wide = regions.to(torch.promote_types(regions.dtype, torch.float32))
-    return _kernel(wide, size, profile, temperature).to(regions.dtype)
+    return _kernel(wide, size, profile, temperature).to(regions.dtype).contiguous()
 
 
 def region_pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
     """nodes (*, N, C) = K x^T."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with _full_precision(x.device.type):
+    with full_precision(x.device.type):
         k = _kernel(regions.to(wide), (x.shape[-2], x.shape[-1]), profile, temperature)
         return torch.matmul(k.flatten(-2), x.to(wide).flatten(-2).mT).to(x.dtype)
 
@@ -67,7 +62,7 @@ def region_pool(x: Tensor, regions: Tensor, profile: str, temperature: float) ->
 def region_remap(nodes: Tensor, regions: Tensor, size: tuple[int, int], profile: str, temperature: float) -> Tensor:
     """y (*, C, H, W) = nodes^T K."""
     wide = torch.promote_types(nodes.dtype, torch.float32)
-    with _full_precision(nodes.device.type):
+    with full_precision(nodes.device.type):
         k = _kernel(regions.to(wide), size, profile, temperature)
         y = torch.matmul(nodes.to(wide).mT, k.flatten(-2)).unflatten(-1, size)
         return y.to(nodes.dtype)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..validate import PROFILES, choice, describe, pair, positive_int
+from ..autocast import full_precision
+from ..validate import choice, describe, pair, positive_int, profile_arguments
 from .generators import Fishnet, GloRe
 from .norms import ChannelAffineNorm
 from .recurrence import RECURRENCES, over_time
@@ -69,8 +70,8 @@ class DynamicGraph(nn.Module):
         self.train_size = self.size if train_size is None else pair(op, "train_size", train_size)
         self.init = choice(op, "init", init, INITS)
         self.region_rule = choice(op, "region_rule", region_rule, RULES)
-        self.profile = choice(op, "profile", profile, PROFILES)
-        self.temperature = temperature
+        profile_arguments(op, profile, temperature)
+        self.profile, self.temperature = profile, temperature
         choice(op, "generator", generator, GENERATORS)
         choice(op, "weights_over", weights_over, ("locations", "nodes"))
         choice(op, "recurrence", recurrence, RECURRENCES)
@@ -125,7 +126,7 @@ class DynamicGraph(nn.Module):
     def regions(self, features: Tensor) -> Tensor:
         """Regions (B, T, N, 4) = (cx, cy, w, h) of the features (B, T, C, H, W), never below float32."""
         latent = self.latent(features)
-        with torch.autocast(features.device.type, enabled=False):  # a lowered region moves its nodes by percents
+        with full_precision(features.device.type):  # a lowered region moves its nodes by percents
             wide = torch.promote_types(latent.dtype, torch.float32)
             bias = self.offset_pred.bias
             offsets = F.linear(
@@ -145,13 +146,14 @@ class DynamicGraph(nn.Module):
         K W^T = pool(W.view(C, H, W)). At another size than the training one the kernel is averaged down first, which
         is linear too: its adjoint carries W up to this size.
         """
-        weight = self.kernel_projection1.weight.to(dtype).unflatten(1, self.train_size)
+        weight = self.kernel_projection1.weight.unflatten(1, self.train_size)
         for axis, (large, small) in enumerate(zip(self.size, self.train_size, strict=True)):
             if large != small:
-                identity = torch.eye(large, dtype=dtype, device=weight.device)
-                average = F.adaptive_avg_pool1d(identity, small)  # (large, small): what each large cell gives
-                weight = torch.tensordot(weight, average, dims=([1 + axis], [1])).movedim(-1, 1 + axis)
-        return weight
+                with full_precision(weight.device.type):
+                    identity = torch.eye(large, dtype=weight.dtype, device=weight.device)
+                    average = F.adaptive_avg_pool1d(identity, small)  # (large, small): what each large cell gives
+                    weight = torch.tensordot(weight, average, dims=([1 + axis], [1])).movedim(-1, 1 + axis)
+        return weight.to(dtype)
 
     def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""

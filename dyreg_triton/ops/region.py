@@ -22,18 +22,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference, tuning
+from ..autocast import lowered
 from ..dispatch import choose
 from ..eager import region as eager
 from ..launch import accumulator, launch, leading, map_layout, precision, wider
 from ..validate import region_arguments
-
-
-def _autocast(features: Tensor) -> Tensor:
-    """Under autocast x and nodes take its dtype, as in a matrix product; regions never do."""
-    kind = features.device.type
-    if features.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return features.to(torch.get_autocast_dtype(kind))
-    return features
 
 
 def _refuse_transforms(op: str, *tensors: Tensor) -> None:
@@ -97,7 +90,7 @@ def region_pool(x: Tensor, regions: Tensor, *, profile: str = "linear", temperat
         RuntimeError: the backend asked for cannot run here.
     """
     region_arguments("region_pool", regions, profile, temperature, x=x)
-    x = _autocast(x)
+    x = lowered(x)
     name = choose("region_pool", x.device, x.dtype)
     if name == "reference":
         return reference.region_pool(x, regions, profile=profile, temperature=temperature)
@@ -129,7 +122,7 @@ def region_remap(
         TypeError, ValueError, RuntimeError: as `region_pool`.
     """
     size = region_arguments("region_remap", regions, profile, temperature, nodes=nodes, size=size)
-    nodes = _autocast(nodes)
+    nodes = lowered(nodes)
     name = choose("region_remap", nodes.device, nodes.dtype)
     if name == "reference":
         return reference.region_remap(nodes, regions, size, profile=profile, temperature=temperature)

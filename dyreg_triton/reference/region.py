@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import full_precision
 from ..validate import region_arguments
 
 
@@ -44,15 +45,17 @@ def region_kernel(
     """K (*, N, H, W) in the dtype of `regions`; arguments and errors as `dt.ops.region_kernel`."""
     size = region_arguments("region_kernel", regions, profile, temperature, size=size)
     wide = regions.to(torch.promote_types(regions.dtype, torch.float32))
-    return _kernel(wide, size, profile, temperature).to(regions.dtype)
+    with full_precision(regions.device.type):
+        return _kernel(wide, size, profile, temperature).to(regions.dtype).contiguous()
 
 
 def region_pool(x: Tensor, regions: Tensor, *, profile: str = "linear", temperature: float = 1.0) -> Tensor:
     """nodes (*, N, C), nodes[n, c] = sum_hw K[n, h, w] x[c, h, w] (equation 7); as `dt.ops.region_pool`."""
     size = region_arguments("region_pool", regions, profile, temperature, x=x)
     wide = torch.promote_types(x.dtype, torch.float32)
-    k = _kernel(regions.to(wide), size, profile, temperature)
-    return torch.einsum("...nhw,...chw->...nc", k, x.to(wide)).to(x.dtype)
+    with full_precision(x.device.type):
+        k = _kernel(regions.to(wide), size, profile, temperature)
+        return torch.einsum("...nhw,...chw->...nc", k, x.to(wide)).to(x.dtype).contiguous()
 
 
 def region_remap(
@@ -61,5 +64,6 @@ def region_remap(
     """y (*, C, H, W), y[c, h, w] = sum_n K[n, h, w] nodes[n, c] (equation 10); as `dt.ops.region_remap`."""
     size = region_arguments("region_remap", regions, profile, temperature, nodes=nodes, size=size)
     wide = torch.promote_types(nodes.dtype, torch.float32)
-    k = _kernel(regions.to(wide), size, profile, temperature)
-    return torch.einsum("...nhw,...nc->...chw", k, nodes.to(wide)).to(nodes.dtype)
+    with full_precision(nodes.device.type):
+        k = _kernel(regions.to(wide), size, profile, temperature)
+        return torch.einsum("...nhw,...nc->...chw", k, nodes.to(wide)).to(nodes.dtype).contiguous()

@@ -1,0 +1,39 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import DEVICE
+
+import dyreg_triton as dt
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """CUDA where there is a GPU and kernels are not interpreted, else the CPU."""
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from one seed, on backend "auto" and without TF32, and leaves the backend as it was."""
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    with dt.backend("auto"):
+        yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of kernels are deselected where no kernel can run."""
+    if dt.dispatch.can_run("triton", device=DEVICE, dtype=torch.float32):
+        return
+    kernels = [item for item in items if item.get_closest_marker("kernels")]
+    if kernels:
+        config.hook.pytest_deselected(items=kernels)
+        items[:] = [item for item in items if item not in kernels]

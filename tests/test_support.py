@@ -1,0 +1,269 @@
+"""The comparators and poisoned buffers themselves: each planted error must be seen."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import (
+    LAYOUTS,
+    PROFILES,
+    REGION_KINDS,
+    REGION_OPS,
+    Guarded,
+    RegionCase,
+    assert_all_close,
+    assert_close,
+    assert_identical,
+    mismatch,
+    poisoned_outputs,
+    random_regions,
+    relative_error,
+    value_and_gradients,
+)
+
+import dyreg_triton as dt
+
+
+def expected_matrix() -> torch.Tensor:
+    return torch.randn(6, 6, dtype=torch.float64)
+
+
+PLANTED = {
+    "sign flip": (lambda e: -e, "relative error 2"),
+    "transposed axis": (lambda e: e.mT, "relative error"),
+    "one wrong entry": (lambda e: e + torch.eye(36)[7].view(6, 6) * 1e-3, "relative error"),
+    "scaled": (lambda e: e * 1.001, "relative error 0.001"),
+    "shifted by a cell": (lambda e: e.roll(1, 0), "relative error"),
+    "NaN": (lambda e: torch.where(torch.eye(6, dtype=torch.bool), math.nan, e), "6 of 36 values not finite"),
+    "infinity": (lambda e: e / torch.arange(36).view(6, 6), "1 of 36 values not finite"),
+    "all zero": (lambda e: 0 * e, "all zero"),
+    "absent": (lambda e: None, "absent"),
+    "broadcast shape": (lambda e: e[None], "shape"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("error", PLANTED)
+def test_planted_error_is_seen(error: str, dtype: torch.dtype) -> None:
+    plant, words = PLANTED[error]
+    expected = expected_matrix()
+    wrong = plant(expected)
+    wrong = wrong if wrong is None else wrong.to(dtype)
+    with pytest.raises(AssertionError, match=words):
+        assert_close(wrong, expected, "grad_x")
+
+
+@pytest.mark.parametrize("error", [e for e in PLANTED if e not in ("one wrong entry", "scaled")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_planted_error_is_seen_in_half_precision(error: str, dtype: torch.dtype) -> None:
+    plant, words = PLANTED[error]
+    expected = expected_matrix()
+    wrong = plant(expected)
+    with pytest.raises(AssertionError, match=words):
+        assert_close(wrong if wrong is None else wrong.to(dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_passes(dtype: torch.dtype) -> None:
+    expected = expected_matrix()
+    assert_close(expected.to(dtype), expected)
+    assert_close(torch.zeros(3, dtype=dtype), torch.zeros(3))
+    assert_close(torch.zeros(0, 3, dtype=dtype), torch.zeros(0, 3))
+
+
+def test_all_close_names_every_wrong_entry() -> None:
+    expected = {"out": expected_matrix(), "grad_x": expected_matrix(), "grad_regions": expected_matrix()}
+    wrong = {"out": expected["out"], "grad_x": None, "grad_regions": -expected["grad_regions"]}
+    with pytest.raises(AssertionError, match=r"^grad_x is absent; grad_regions has relative error 2"):
+        assert_all_close(wrong, expected)
+    with pytest.raises(AssertionError, match="entries differ"):
+        assert_all_close({"out": expected["out"]}, expected)
+    assert_all_close(expected, expected)
+
+
+def test_unexpected_gradient_is_seen() -> None:
+    with pytest.raises(AssertionError, match="present"):
+        assert_close(torch.zeros(2), None)
+
+
+def test_expected_values_must_be_finite() -> None:
+    with pytest.raises(AssertionError, match="cannot be compared"):
+        assert_close(torch.tensor([math.nan]), torch.tensor([math.nan]))
+
+
+def test_floor_excuses_cancellation_only() -> None:
+    cancelled, rest = torch.full((4,), 1e-9, dtype=torch.float64), torch.full((4,), -1e-9)
+    assert mismatch(rest, cancelled, floor=1.0) is None
+    assert mismatch(rest, cancelled) is not None
+    assert mismatch(rest * 1e6, cancelled, floor=1.0) is not None
+    large = torch.ones(4, dtype=torch.float64)
+    assert mismatch(large.float() * 1.001, large, floor=1.0) is not None
+
+
+def test_relative_error_of_nothing_expected() -> None:
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(torch.full((2,), 1e-30), torch.zeros(2)) > 1
+
+
+def test_identical_sees_a_bit_and_takes_nan() -> None:
+    a = torch.tensor([1.0, math.nan, 0.0])
+    assert_identical(a, a.clone())
+    for different in (torch.tensor([1.0, math.nan, -0.0]), torch.nextafter(a, torch.tensor(9.0))):
+        with pytest.raises(AssertionError, match=r"[12] of 3 values differ"):
+            assert_identical(different, a)
+    with pytest.raises(AssertionError, match="expected"):
+        assert_identical(a.half(), a)
+
+
+def test_value_and_gradients() -> None:
+    x, w = torch.randn(3, requires_grad=True), torch.randn(3)
+    got = value_and_gradients(lambda x, w: x * w, {"x": x, "w": w}, torch.full((3,), 2.0))
+    assert got.keys() == {"out", "grad_x"}
+    assert_close(got["grad_x"], 2 * w)
+    no_graph = value_and_gradients(lambda x: torch.zeros(3), {"x": x})
+    assert no_graph["grad_x"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (0, 3), (2, 0, 4)])
+def test_guarded_holds_its_values(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    values = torch.randn(shape).to(dtype)
+    guarded = Guarded(values, layout)
+    if layout == "expanded" and shape:
+        values = values[:1].expand(shape)
+    assert_identical(guarded.tensor, values)
+    held = guarded.buffer.isfinite().sum().item()
+    distinct = values.numel() // (shape[0] or 1 if layout == "expanded" and shape else 1)
+    assert held == distinct
+    assert guarded.buffer[: Guarded.MARGIN].isnan().all()
+    assert guarded.buffer[-Guarded.MARGIN :].isnan().all()
+    assert guarded.tensor.is_leaf
+    guarded.check()
+
+
+def test_guarded_layouts_differ() -> None:
+    strides = {layout: Guarded(torch.randn(2, 3, 4, 5), layout).tensor.stride() for layout in LAYOUTS}
+    assert len(set(strides.values())) == len(LAYOUTS)
+    assert strides["expanded"][0] == 0
+    assert strides["channels_last"][1] == 1
+    assert strides["transposed"][-2:] == (1, 4)
+    assert strides["reversed"][0] == 1
+    assert strides["sliced"][-1] == 2
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
+def test_guarded_sees_writes(layout: str) -> None:
+    for position in (Guarded.MARGIN, Guarded.MARGIN - 1, 0, -1):
+        guarded = Guarded(torch.randn(3, 4), layout)
+        guarded.buffer[position] = 7.0
+        with pytest.raises(AssertionError, match="memory of grad_output"):
+            guarded.check("grad_output")
+
+
+def test_guarded_poisons_reads_outside() -> None:
+    guarded = Guarded(torch.randn(3, 4), "sliced").tensor
+    neighbour = guarded.as_strided((13,), (1,), guarded.storage_offset() - 1)
+    assert neighbour.sum().isnan()
+
+
+def test_poisoned_outputs() -> None:
+    before = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+    with poisoned_outputs():
+        x = torch.ones(3)
+        made = [torch.empty(3), torch.empty_like(x), x.new_empty(3), torch.empty_strided((3,), (1,))]
+        made += [x.new_empty_strided((3,), (2,)), torch.empty(3, dtype=torch.bfloat16, requires_grad=True)]
+        assert torch.empty(3, dtype=torch.int64).dtype == torch.int64
+        assert torch.zeros(3).eq(0).all()
+    assert all(t.isnan().all() for t in made)
+    assert {name: getattr(torch, name) for name in before} == before
+    assert "new_empty" not in vars(torch.Tensor)
+
+
+@pytest.mark.parametrize("position", [-1, 12, -64, 75])
+def test_poisoned_outputs_see_writes_outside(position: int) -> None:
+    def write() -> None:
+        with poisoned_outputs():
+            out = torch.empty(3, 4)
+            out.as_strided((), (), out.storage_offset() + position).fill_(0)
+
+    with pytest.raises(AssertionError, match="outside of an output"):
+        write()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 4), (2, 0, 3)])
+def test_poisoned_outputs_keep_shapes_and_strides(shape: tuple[int, ...]) -> None:
+    plain = torch.empty(shape)
+    strided = torch.randn(4, 3, 2).permute(2, 0, 1)
+    with poisoned_outputs():
+        made = torch.empty(shape)
+        assert torch.empty_like(strided).stride() == torch.empty_like(strided).stride() == (1, 6, 2)
+        made.fill_(1)
+    assert (made.shape, made.stride(), made.is_leaf) == (plain.shape, plain.stride(), True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", REGION_KINDS)
+def test_random_regions_keep_off_kinks(kind: str, dtype: torch.dtype) -> None:
+    size = (17, 33)
+    regions = random_regions((3, 8), size, kind=kind, dtype=dtype, seed=5)
+    assert regions.shape == (3, 8, 4)
+    assert regions.dtype == dtype
+    for axis, side in ((0, size[1]), (1, size[0])):
+        distance = (regions[..., axis, None].double() - torch.arange(side)).abs()
+        extent = regions[..., axis + 2, None].double()
+        kept = (distance > 1e-3) & ((distance - extent).abs() > 1e-3)
+        assert (kept | (extent <= 0)).all()
+    assert_identical(regions, random_regions((3, 8), size, kind=kind, dtype=dtype, seed=5))
+    assert not regions.equal(random_regions((3, 8), size, kind=kind, dtype=dtype, seed=6))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_random_regions_are_of_their_kind(profile: str) -> None:
+    size = (17, 33)
+    kernel = {
+        kind: dt.reference.region_kernel(
+            random_regions((24,), size, kind=kind, dtype=torch.float64, seed=1), size, profile=profile
+        ).flatten(1)
+        for kind in REGION_KINDS
+    }
+    assert not kernel["empty"].any()
+    assert kernel["inside"].sum(1).sub(1).abs().max() < 1e-12
+    assert (kernel["covering"] > 0).all()
+    assert (kernel["tiny"] > 0.05).sum(1).max() <= 4
+    reached = kernel["mixed"].sum(1)
+    assert reached.min() == 0
+    assert reached.max() > 0.9
+    if profile != "gaussian":
+        reached = kernel["outside"].any(1)
+        assert reached.any()
+        assert not reached.all()
+
+
+@pytest.mark.parametrize("op", REGION_OPS)
+def test_region_case(op: str) -> None:
+    case = RegionCase(op, (2,), 3, 4, (5, 6), regions_dtype=torch.float32, layout="sliced", grad_layout="expanded")
+    guarded = case.guarded("cpu")
+    inputs = {name: guarded[name].tensor for name in case.input_names()}
+    out = case.function(dt.reference)(**inputs)
+    assert out.shape == case.shape_of("out") == guarded["grad_output"].tensor.shape
+    assert out.dtype == case.out_dtype()
+    assert inputs.keys() == dict.fromkeys(case.input_names()).keys()
+    again = case.guarded("cpu")
+    for name in guarded:
+        assert_identical(guarded[name].buffer, again[name].buffer)
+
+
+def test_region_floor_is_below_any_gradient_worth_comparing() -> None:
+    """Only where one cell takes all does the floor come into play."""
+    for op, profile in ((op, profile) for op in REGION_OPS for profile in PROFILES):
+        case = RegionCase(op, (2,), 5, 4, (9, 8), profile, dtype=torch.float64, regions_dtype=torch.float64)
+        values = case.values()
+        grad_output = values.pop("grad_output")
+        leaves = {name: t.requires_grad_() for name, t in values.items()}
+        got = value_and_gradients(case.function(dt.reference), leaves, grad_output)
+        assert case.floors(values, grad_output)["grad_regions"] < got["grad_regions"].norm()
+    single = RegionCase("region_kernel", (), 1, 1, (1, 1), regions_dtype=torch.float64)
+    assert single.floors({"regions": torch.tensor([[0.1, 0.1, 0.2, 0.3]])}, torch.ones(1, 1, 1))["grad_regions"] > 0.1
