@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import importlib
 
+    import torch
+
     from .measure import Machine
 
+    if args.device not in (None, "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device is {args.device!r}; accepted are cpu, and cuda where torch sees a GPU")
+    if args.out is not None and not os.access(args.out.parent if args.out.parent.exists() else ".", os.W_OK):
+        parser.error(f"--out is {args.out}; accepted is a file in a folder that can be written")
     machine = Machine.here(args.device)
     print(machine)
     failed = False

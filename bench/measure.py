@@ -1,7 +1,7 @@
 """Where it runs, how long it takes, how a row is kept.
 
-All contenders of a row are timed in one run, interleaved, so that what else the machine does hits them alike. A row is
-kept only if every contender's outputs and gradients were right in that run.
+All contenders of a row are timed in one run, interleaved, so that what else the machine does hits them alike. Only
+contenders whose outputs and gradients were right in that run are timed, and without ours there is no row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import dyreg_triton
-from dyreg_triton.cli import _version
+from dyreg_triton.cli import version_of
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Machine:
             "device": self.name,
             "copy_bandwidth": self.bandwidth,
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": version_of("triton"),
             "python": platform.python_version(),
             "dyreg_triton": dyreg_triton.__version__,
             "commit": _commit(),

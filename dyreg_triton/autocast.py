@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 
-def _is_on(kind: str) -> bool:
+def autocast_is_on(kind: str) -> bool:
+    """Whether autocast is on for devices of this type."""
     # asked of a device type that has no autocast (meta), torch raises
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
@@ -16,11 +17,11 @@ def _is_on(kind: str) -> bool:
 def lowered(features: Tensor) -> Tensor:
     """`features` in autocast's dtype where it is on for their device, as a matrix product takes them."""
     kind = features.device.type
-    if features.dtype != torch.float64 and _is_on(kind):
+    if features.dtype != torch.float64 and autocast_is_on(kind):
         return features.to(torch.get_autocast_dtype(kind))
     return features
 
 
 def full_precision(kind: str) -> AbstractContextManager:
     """Autocast off for devices of this type, so that what is computed inside stays in its dtype."""
-    return torch.autocast(kind, enabled=False) if _is_on(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()

@@ -10,11 +10,21 @@ import sys
 from collections.abc import Sequence
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _triton_version() -> str:
+    # asked of the module: builds for other GPUs come under other package names
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return triton.__version__
 
 
 def environment() -> str:
@@ -27,8 +37,8 @@ def environment() -> str:
     lines = {
         "dyreg_triton": __version__,
         "torch": torch.__version__,
-        "triton": _version("triton") if _version("triton") != "not installed" else _version("pytorch-triton-rocm"),
-        "numpy": _version("numpy"),
+        "triton": _triton_version(),
+        "numpy": version_of("numpy"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": str(torch.get_num_threads()),

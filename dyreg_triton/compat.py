@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import ops
 from .layers import dyreg, rstg
 from .layers.norms import ChannelAffineNorm
-from .validate import choice, describe, positive_int
+from .validate import choice, flag, layer_input, positive_int
 
 # dyregParams of the published code
 _PARAMS: dict[str, Any] = {
@@ -42,7 +42,13 @@ def _params(op: str, given: object) -> dict[str, Any]:
             raise ValueError(f"{op}: params has unknown keys {unknown}; accepted are {sorted(_PARAMS)}")
         params = {**_PARAMS, **given}
     else:
+        if not any(hasattr(given, key) for key in _PARAMS):
+            raise TypeError(
+                f"{op}: params is {given!r}; accepted is a mapping or an object with some of {sorted(_PARAMS)}"
+            )
         params = {key: getattr(given, key, default) for key, default in _PARAMS.items()}
+    for key in ("full_res", "combine_by_sum"):
+        flag(op, f"params.{key}", params[key])
     choice(op, "params.offset_generator", params["offset_generator"], ("big", "small"))
     choice(op, "params.init_regions", params["init_regions"], ("center", "grid"))
     # upstream's "pos_only" computes what "dyreg" does; "none", "semantic" and "serial" stop with an error there
@@ -80,21 +86,17 @@ class RSTG(rstg.RSTG):
         rnn_type: str = "LSTM",
         num_nodes: int = 9,
         iterations: int = 3,
+        keep_regions: bool = False,  # accepted for every module; this one has no regions
     ):
         op = "ops.rstg.RSTG"
-        self_params = _params(op, params)
-        super().__init__(
-            positive_int(op, "node_dim", node_dim), **_graph_options(op, self_params, rnn_type, iterations)
-        )
+        options = _graph_options(op, _params(op, params), rnn_type, iterations)
+        super().__init__(positive_int(op, "node_dim", node_dim), **options)
         self.num_nodes = positive_int(op, "num_nodes", num_nodes)
 
     def forward(self, nodes: Tensor) -> Tensor:
-        expected = (self.channels, self.num_nodes)
-        if not isinstance(nodes, Tensor) or nodes.dim() != 4 or nodes.shape[2:] != expected:
-            raise ValueError(
-                f"ops.rstg.RSTG: input is {describe({'input': nodes})}; accepted is (B, T, {expected[0]}, "
-                f"{expected[1]}) for node_dim {expected[0]} and num_nodes {expected[1]}"
-            )
+        shape = (None, None, self.channels, self.num_nodes)
+        form = f"(B, T, {shape[2]}, {shape[3]}) for node_dim {shape[2]} and num_nodes {shape[3]}"
+        layer_input("ops.rstg.RSTG", "input", nodes, next(self.parameters()), shape, form)
         return super().forward(nodes.mT).mT.contiguous()
 
 
@@ -133,29 +135,35 @@ class DynamicGraph(dyreg.DynamicGraph):
     ):
         op = "ops.dyreg.DynamicGraph"
         chosen = _params(op, params)
-        for key, value in {"backbone_dim": backbone_dim, "H": H, "W": W, "h": h, "w": w, "node_dim": node_dim}.items():
+        sizes = {"backbone_dim": backbone_dim, "H": H, "W": W, "h": h, "w": w, "node_dim": node_dim}
+        for key, value in sizes.items():
             positive_int(op, key, value)
+        train_size = None
+        if chosen["full_res"]:
+            if iH is None or iW is None:
+                raise ValueError(f"{op}: iH is {iH!r} and iW {iW!r}; accepted with full_res are positive integers")
+            train_size = positive_int(op, "iH", iH), positive_int(op, "iW", iW)
+        flag(op, "project_i3d", project_i3d)
+        flag(op, "keep_regions", keep_regions)
         if num_nodes not in (None, h * w):
             raise ValueError(f"{op}: num_nodes is {num_nodes!r}; accepted is h * w = {h * w}")
-        if chosen["full_res"] and (iH is None or iW is None):
-            raise ValueError(f"{op}: iH is {iH!r} and iW {iW!r}; accepted with full_res are positive integers")
         super().__init__(
             backbone_dim,
             (H, W),
             grid=(h, w),
             node_channels=node_dim,
-            project=bool(project_i3d),
+            project=project_i3d,
             region_channels=positive_int(op, "params.offset_lstm_dim", chosen["offset_lstm_dim"]),
             generator="fc" if chosen["offset_generator"] == "big" else "pooled",
             weights_over="nodes",
             init=chosen["init_regions"],
             region_rule="published",
             offset_bias=True,
-            train_size=(iH, iW) if chosen["full_res"] else None,  # type: ignore[arg-type]
+            train_size=train_size,
             **_graph_options(op, chosen, rnn_type, iterations),
         )
         self.keep_regions = keep_regions
-        centers = self.centers
+        centers = super().initial_centers()
         if self.init == "center":  # upstream halves H on both axes
             centers = torch.full_like(centers, H / 2)
         del self.centers
@@ -211,6 +219,7 @@ class DynamicGraphWrapper(nn.Module):
         **ours: Any,
     ):
         super().__init__()
+        positive_int("ops.dyreg.DynamicGraphWrapper", "in_channels", in_channels)
         self.dynamic_graph = DynamicGraph(
             params, in_channels, H, W, oH, oW, iH, iW, h, w, node_dim, out_num_ch, project_i3d, name, **ours
         )
@@ -223,7 +232,7 @@ class DynamicGraphWrapper(nn.Module):
 
 _OURS = ("rnn_type", "iterations", "num_nodes", "keep_regions")
 _NAMES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
-    "ops.rstg.RSTG": (RSTG, _OURS[:3]),
+    "ops.rstg.RSTG": (RSTG, _OURS),
     "ops.dyreg.DynamicGraph": (DynamicGraph, _OURS),
     "ops.dyreg.DynamicGraphWrapper": (DynamicGraphWrapper, _OURS),
 }
@@ -237,8 +246,8 @@ def build(name: str, config: Mapping[str, Any] | None = None, /, **arguments: An
         config, arguments: the authors' arguments, as a mapping or as keywords, which win. `params` is a mapping or
             an object; keys it lacks take dyregParams' defaults. Beyond the authors': `rnn_type` ("LSTM" or "GRU", a
             global there), `iterations`, `num_nodes`, and `keep_regions` (leave detached regions and kernels on the
-            module after a forward, for old plotting code). `input` is ignored; oH, oW, out_num_ch and name are
-            accepted and unused, as upstream.
+            module after a forward, for old plotting code). `input` is ignored; oH, oW, out_num_ch and name,
+            and RSTG's backbone_dim and project_i3d, are accepted and unused, as upstream.
 
     Returns:
         A module with the authors' parameters, buffers, tensor layouts and numbers.
@@ -248,7 +257,7 @@ def build(name: str, config: Mapping[str, Any] | None = None, /, **arguments: An
     """
     import inspect
 
-    if name not in _NAMES:
+    if not isinstance(name, str) or name not in _NAMES:
         raise ValueError(f"compat.build: name is {name!r}; accepted are {', '.join(map(repr, _NAMES))}")
     if config is not None and not isinstance(config, Mapping):
         raise TypeError(f"compat.build: config is a {type(config).__name__}; accepted is a mapping")

@@ -11,8 +11,11 @@ import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Mapping
 
 import torch
+
+from .validate import describe
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,25 +32,32 @@ _state = _State()
 class backend:  # lower case because it is used as `with dt.backend("eager"):`
     """Choose the backend of every op called from this thread.
 
-    `dt.backend("eager")` sets it from here on; `with dt.backend("eager"):` restores the former one at the end.
-    An op's backward uses its forward's choice. An op whose inputs the chosen backend cannot take raises
-    RuntimeError and says why; only "auto" chooses.
+    `dt.backend("eager")` sets it from here on; `with dt.backend("eager"):` restores the former one at the end. An op
+    whose inputs the chosen backend cannot take raises RuntimeError and says why; only "auto" chooses.
+
+    An op's backward uses its forward's choice. Activation checkpointing runs the forward again during backward, under
+    what is set then: give it `context_fn=lambda: (nullcontext(), dt.backend(name))`.
 
     Raises ValueError for a name other than "auto", "triton", "eager" and "reference".
     """
 
     def __init__(self, name: str):
-        if name not in BACKENDS:
+        if not isinstance(name, str) or name not in BACKENDS:
             raise ValueError(f"backend: name is {name!r}; accepted are {', '.join(map(repr, BACKENDS))}")
         self.name = name
-        self._former = _state.name
+        self._formers = [_state.name]  # what to go back to, innermost last
+        self._entered = False
         _state.name = name
 
     def __enter__(self) -> backend:
+        if self._entered:  # used again: the constructor's setting is over
+            self._formers.append(_state.name)
+            _state.name = self.name
+        self._entered = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        _state.name = self._former
+        _state.name = self._formers.pop()
 
 
 def current_backend() -> str:
@@ -104,18 +114,21 @@ def can_run(name: str, *, device: torch.device | str, dtype: torch.dtype, raise_
     """
     if name not in BACKENDS[1:]:
         raise ValueError(f"can_run: name is {name!r}; accepted are {', '.join(map(repr, BACKENDS[1:]))}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"can_run: dtype is {dtype!r}; accepted is a torch.dtype")
     reason = why_not(name, torch.device(device), dtype)
     if reason is not None and raise_error:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     return reason is None
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that computes `op` on tensors of this device and dtype: the one asked for, or auto's choice."""
+def choose(op: str, features: torch.Tensor, call: Mapping[str, object]) -> str:
+    """The backend that computes `op` on `features`: the one asked for, or auto's choice. `call` is for the message."""
+    device, dtype = features.device, features.dtype
     name = _state.name
     if name == "auto":
         return "triton" if why_not("triton", device, dtype) is None else "eager"
     reason = why_not(name, device, dtype)
     if reason is not None:
-        raise RuntimeError(f"{op}: backend {name!r} cannot run here: {reason}")
+        raise RuntimeError(f"{op}: backend {name!r} cannot run here: {reason}; call: {describe(call)}")
     return name

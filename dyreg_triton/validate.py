@@ -4,10 +4,14 @@ the shapes of the call. They run before anything is launched."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .autocast import autocast_is_on
 
 PROFILES = ("linear", "gaussian", "log-linear")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,17 +22,52 @@ def describe(tensors: Mapping[str, object]) -> str:
     parts = []
     for name, t in tensors.items():
         if isinstance(t, Tensor):
-            parts.append(f"{name} {tuple(t.shape)} {str(t.dtype)[6:]} {t.device}")
+            parts.append(f"{name} {what(t)}")
         else:
             parts.append(f"{name} {t!r}")
     return ", ".join(parts)
 
 
-def positive_int(op: str, name: str, value: object) -> int:
+def what(value: object) -> str:
+    """A tensor's shape, dtype and device, or the repr of anything else."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype)[6:]} {value.device}"
+    return repr(value)
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` counts things: an int of Python, numpy or torch, not a bool."""
+    return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def positive_int(op: str, name: str, value: Any) -> Any:
     """`value` as an int > 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value <= 0:
+    if not is_integer(value) or value <= 0:
         raise ValueError(f"{op}: {name} is {value!r}; accepted is an integer > 0")
-    return value  # type: ignore[return-value]
+    return value if isinstance(value, torch.SymInt) else int(value)
+
+
+def flag(op: str, name: str, value: object) -> bool:
+    """`value` as a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{op}: {name} is {value!r}; accepted are True and False")
+    return value
+
+
+def layer_input(op: str, name: str, x: object, parameter: Tensor, shape: tuple[int | None, ...], form: str) -> None:
+    """Check a layer's input: a dense tensor of this shape (None is any size) and of the layer's dtype.
+
+    Under autocast any floating dtype will do. `form` says the accepted shape in words.
+    """
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} is {type(x).__name__}; accepted is a dense torch.Tensor {form}")
+    if x.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, x.shape, strict=True)):
+        raise ValueError(f"{op}: {name} is {what(x)}; accepted is {form}")
+    if x.dtype != parameter.dtype and not (x.is_floating_point() and autocast_is_on(x.device.type)):
+        raise TypeError(
+            f"{op}: {name} is {what(x)}; accepted is the layer's dtype, {str(parameter.dtype)[6:]}, "
+            "or any floating dtype under autocast"
+        )
 
 
 def _of(call: Mapping[str, object] | None) -> str:
@@ -47,9 +86,9 @@ def choice(
 
 def pair(op: str, name: str, value: object, call: Mapping[str, object] | None = None) -> tuple[int, int]:
     """`value` as two positive integers (rows, columns)."""
-    if isinstance(value, (tuple, list, torch.Size)) and len(value) == 2:
+    if isinstance(value, (tuple, list, torch.Size)) and len(value) == 2 and all(map(is_integer, value)):
         rows, columns = value
-        if all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) and v > 0 for v in value):
+        if rows > 0 and columns > 0:
             return rows, columns
     raise ValueError(f"{op}: {name} is {value!r}; accepted are two positive integers (rows, columns){_of(call)}")
 
@@ -58,8 +97,8 @@ def profile_arguments(op: str, profile: object, temperature: object, call: Mappi
     """Check a region profile's name and its temperature."""
     choice(op, "profile", profile, PROFILES, call)
     error: type[Exception] = TypeError
-    if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
-        if temperature > 0 and math.isfinite(temperature):
+    if isinstance(temperature, (int, float, torch.SymFloat)) and not isinstance(temperature, bool):
+        if 0 < temperature < math.inf:
             return
         error = ValueError
     raise error(f"{op}: temperature is {temperature!r}; accepted is a finite number > 0{_of(call)}")
@@ -85,8 +124,11 @@ def region_arguments(
     if size is not None:
         call["size"] = size
     for name, t in call.items():
-        if name != "size" and not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(t).__name__}; accepted is a torch.Tensor; call: {describe(call)}")
+        if name != "size" and (not isinstance(t, Tensor) or t.layout != torch.strided):
+            raise TypeError(
+                f"{op}: {name} is a {type(t).__name__}{f' of layout {t.layout}' if isinstance(t, Tensor) else ''}; "
+                f"accepted is a dense torch.Tensor; call: {describe(call)}"
+            )
     profile_arguments(op, profile, temperature, call)
 
     def fail(name: str, what: str, accepted: str, error: type[Exception] = ValueError) -> None:

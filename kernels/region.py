@@ -42,17 +42,19 @@ def load_regions(regions, first, N: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl
 def map_offsets(c, p, C_STRIDE, H_STRIDE, W_STRIDE, W: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
                 CHANNELS_LAST: tl.constexpr):  # fmt: skip
     """Offsets of channels c and cells p in a map. Strides come divided by ALIGN, all but the one that is 1."""
-    c = c.to(tl.int64)
+    by_c = c.to(tl.int64) * C_STRIDE  # each product from an int64 on: a stride alone may exceed int32
     p = p.to(tl.int64)
-    if CHANNELS_LAST:
-        by_c = c * C_STRIDE
-        W_STRIDE = W_STRIDE * ALIGN
-    else:
-        by_c = c * (C_STRIDE * ALIGN)
     if FLAT:
-        return by_c[:, None] + (p * W_STRIDE)[None, :]
+        by_p = p * W_STRIDE
     else:
-        return by_c[:, None] + ((p // W) * (H_STRIDE * ALIGN) + (p % W) * W_STRIDE)[None, :]
+        by_p = (p % W) * W_STRIDE
+    if CHANNELS_LAST:
+        by_p = by_p * ALIGN
+    else:
+        by_c = by_c * ALIGN
+    if not FLAT:
+        by_p += (p // W) * H_STRIDE * ALIGN
+    return by_c[:, None] + by_p[None, :]
 
 
 @triton.jit
@@ -122,10 +124,11 @@ def region_gather(
     inverse_y, cy_sum, h_sum, peak_y = axis_sums(cy, h, H, BLOCK_AXIS, PROFILE, temperature)
 
     dtype: tl.constexpr = x.dtype.element_ty
-    scale = tl.full((), 1.0, ACC)
-    if dtype == tl.float16:  # weights of large regions fall below float16's normal range: scale the largest to 1
-        scale = largest(peak_x * inverse_x * peak_y * inverse_y)
-    unscale = 1 / scale
+    scale = tl.full((BLOCK_N,), 1.0, ACC)
+    if dtype == tl.float16:  # weights of large regions fall below float16's normal range: scale each region's to 1
+        peak = peak_x * inverse_x * peak_y * inverse_y
+        scale = tl.where(peak > 0, peak, 1.0)
+    unscale = (1 / scale)[None, :]
 
     x += lead_offset(frame, LEAD1, LEAD2, X_STRIDE0, X_STRIDE1, X_STRIDE2, ALIGN)
     if NODES:
@@ -151,16 +154,14 @@ def region_gather(
                 pooled = dot(tile, k_x * (k_y * unscale), pooled, dtype, PRECISION)
             if MOMENTS:
                 by_k = dot(tl.trans(tile), given, tl.zeros((BLOCK_P, BLOCK_N), ACC), dtype, PRECISION)
-                by_y = by_k * k_x
-                by_k *= k_y
-                by_cx += by_k * k_cx
-                by_w += by_k * k_w
-                by_cy += by_y * k_cy
-                by_h += by_y * k_h
+                by_cx += by_k * k_y * k_cx
+                by_cy += by_k * k_x * k_cy
+                by_w += by_k * k_y * k_w
+                by_h += by_k * k_x * k_h
 
     if NODES:
         here = frame * C * N + n[None, :] * C + c[:, None]
-        tl.store(nodes + here, (pooled * scale).to(dtype), mask=(n < N)[None, :] & (c < C)[:, None])
+        tl.store(nodes + here, (pooled * scale[None, :]).to(dtype), mask=(n < N)[None, :] & (c < C)[:, None])
     if MOMENTS:
         store_moments(moments + (frame * c_blocks + c_block) * (N * 4), n, N, by_cx, by_cy, by_w, by_h)
 
@@ -217,12 +218,10 @@ def region_scatter(
                     offsets = map_offsets(c, p, X_STRIDE_C, X_STRIDE_H, X_STRIDE_W, W, X_FLAT, X_ALIGN, X_CHANNELS_LAST)
                     tile = tl.load(x + offsets, mask=inside, other=0.0)
                     by_k = dot(tl.trans(tile), given, tl.zeros((BLOCK_P, BLOCK_N), ACC), dtype, PRECISION)
-                    by_y = by_k * k_x
-                    by_k *= k_y
-                    by_cx += by_k * k_cx
-                    by_w += by_k * k_w
-                    by_cy += by_y * k_cy
-                    by_h += by_y * k_h
+                    by_cx += by_k * k_y * k_cx
+                    by_cy += by_k * k_x * k_cy
+                    by_w += by_k * k_y * k_w
+                    by_h += by_k * k_x * k_h
                 spread = dot(given, tl.trans(k_x * (k_y * unscale)), spread, dtype, PRECISION) * scale
         else:  # regions do not fit at once: their axes are summed again for every tile
             for first in range(0, N, BLOCK_N):
@@ -300,10 +299,8 @@ def region_dense_backward(
             by_k = tl.load(by_kernel + here, mask=(n < N)[None, :] & (p < H * W)[:, None], other=0.0).to(ACC)
             k_x, k_cx, k_w = slopes(cx, w, inverse_x, cx_sum, w_sum, column, W, PROFILE, temperature)
             k_y, k_cy, k_h = slopes(cy, h, inverse_y, cy_sum, h_sum, row, H, PROFILE, temperature)
-            by_y = by_k * k_x
-            by_k *= k_y
-            by_cx += by_k * k_cx
-            by_w += by_k * k_w
-            by_cy += by_y * k_cy
-            by_h += by_y * k_h
+            by_cx += by_k * k_y * k_cx
+            by_cy += by_k * k_x * k_cy
+            by_w += by_k * k_y * k_w
+            by_h += by_k * k_x * k_h
     store_moments(moments + frame * (N * 4), n, N, by_cx, by_cy, by_w, by_h)

@@ -294,7 +294,7 @@ def test_arguments_of_rstg(arguments: dict, parts: tuple[str, ...]) -> None:
 def test_input_shape_of_dyreg(shape: tuple[int, ...]) -> None:
     layer = dt.layers.DyReG(4, (6, 7), **SMALL)
     given = torch.ones(shape)
-    with refused(ValueError, "DyReG", f"x {shape}", "(B, T, 4, 6, 7)"), NothingRuns():
+    with refused(ValueError, "DyReG", f"x is {shape}", "(B, T, 4, 6, 7)"), NothingRuns():
         layer(given)
 
 
@@ -302,7 +302,7 @@ def test_input_shape_of_dyreg(shape: tuple[int, ...]) -> None:
 def test_input_shape_of_rstg(shape: tuple[int, ...]) -> None:
     layer = dt.layers.RSTG(4)
     given = torch.ones(shape)
-    with refused(ValueError, "RSTG", f"nodes {shape}", "(B, T, N, 4)"), NothingRuns():
+    with refused(ValueError, "RSTG", f"nodes is {shape}", "(B, T, N, 4)"), NothingRuns():
         layer(given)
 
 

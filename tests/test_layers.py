@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -354,6 +355,52 @@ def test_projected_gradients_are_the_plain_ones(generator: str, node_channels: i
     assert_results_close(actual, expected, 1e-9)
 
 
+def sinusoids(count: int, side: int) -> Tensor:
+    """(count, side): sines of even frequencies, then cosines of odd ones, of positions from 0 to 1."""
+    rows = [
+        [wave(p / (side - 1) / 10000 ** (i / count)) for p in range(side)]
+        for wave, first in ((math.sin, 0), (math.cos, 1))
+        for i in range(first, count, 2)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rule", ["paper", "published"])
+@pytest.mark.parametrize("generator", ["fc", "locations", "nodes"])
+def test_regions_are_the_plain_ones(generator: str, rule: str, device: torch.device) -> None:
+    """From the map to the regions (equations 1 to 4), with a latent vector per node written out."""
+    height, width = size = (9, 10)
+    options = {} if generator == "fc" else {"generator": "pooled", "weights_over": generator}
+    layer = awake(make(size=size, region_rule=rule, offset_bias=True, **options)).double().to(device)
+    graph = layer.dynamic_graph
+    x = frames(2, 3, 4, *size, device=device, dtype=torch.float64)
+    maps = x.flatten(0, 1)
+    if generator == "fc":  # a fully connected layer of its own for every node, on the whole map
+        convolution = graph.global_conv[0]
+        latent = (graph.fishnet(maps).flatten(1) @ convolution.weight.flatten(1).mT + convolution.bias).view(6, 4, 8)
+    else:
+        weights = torch.einsum("nc,bchw->bnhw", graph.glore.mask_conv.weight[:, :, 0, 0], maps)
+        weights = (weights + graph.glore.mask_conv.bias[:, None, None]).exp()
+        weights = weights / weights.sum(1 if generator == "nodes" else (2, 3), keepdim=True)
+        rows = sinusoids(2, height)[:, :, None].expand(2, height, width)
+        columns = sinusoids(2, width)[:, None, :].expand(2, height, width)
+        places = graph.glore.sin_pos_emb_proj(torch.cat([rows, columns])[None].to(device))
+        pooled = torch.einsum("bnhw,bchw->bnc", weights, maps + places)
+        latent = pooled @ graph.glore.update.weight[:, :, 0].mT + graph.glore.update.bias
+    latent = norm(latent, 2, graph.norm_dict["offset_ln_feats_coords"]).unflatten(0, (2, 3))
+    latent = norm(through_time(graph.offset_lstm, latent), 2, graph.norm_dict["offset_ln_lstm"])
+    offsets = (latent @ graph.offset_pred.weight.mT + graph.offset_pred.bias) * graph.offset_alpha
+    if rule == "published":
+        expected = dt.layers.regions_from_offsets(offsets, grid=(2, 2), size=size)
+    else:
+        log_h, log_w, down, across = offsets.unbind(-1)
+        center = [width / 2 * (1 + across.tanh()), height / 2 * (1 + down.tanh())]
+        expected = torch.stack([*center, log_w.exp() * width / 6, log_h.exp() * height / 6], dim=-1)
+    assert_close(layer(x, return_regions=True)[1], expected, tolerance=1e-7)  # the positions are kept in float32
+    rest = layer.double()(torch.zeros_like(x), return_regions=True)[1]
+    assert relative_error(rest, expected) > 1e-3  # the regions do depend on the map
+
+
 def test_regions_at_the_start(device: torch.device) -> None:
     """The paper's rule: every node in the middle of the map, half-extents a sixth of it."""
     _, regions = make(size=(12, 20))(frames(1, 2, 4, 12, 20, device=torch.device("cpu")), return_regions=True)
@@ -612,3 +659,16 @@ def test_compat_takes_params_as_mapping_object_or_none(device: torch.device) -> 
     x = torch.randn(1, 2, 4, 14, 14)
     assert_identical(modules[0](x), modules[1](x))
     assert dt.compat.build("ops.dyreg.DynamicGraph", backbone_dim=4, node_dim=4).offset_lstm.hidden_size == 128
+
+
+@pytest.mark.parametrize("init", ["center", "grid"])
+def test_compat_anchors(init: str) -> None:
+    """The published code halves H on both axes for "center"; both kinds are in its state_dict."""
+    module = dt.compat.build(
+        "ops.dyreg.DynamicGraph", {"params": {"init_regions": init}, "backbone_dim": 4, "node_dim": 4, "H": 12, "W": 18}
+    )
+    state = module.state_dict()
+    across = [6.0] * 9 if init == "center" else [3.0, 9.0, 15.0] * 3
+    down = [6.0] * 9 if init == "center" else [2.0] * 3 + [6.0] * 3 + [10.0] * 3
+    assert_close(state["pw_buf"], torch.tensor(across).view(1, 9, 1).double())
+    assert_close(state["ph_buf"], torch.tensor(down).view(1, 9, 1).double())

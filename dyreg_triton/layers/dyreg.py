@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..autocast import full_precision
-from ..validate import choice, describe, pair, positive_int, profile_arguments
+from ..validate import choice, flag, layer_input, pair, positive_int, profile_arguments
 from .generators import Fishnet, GloRe
 from .norms import ChannelAffineNorm
 from .recurrence import RECURRENCES, over_time
@@ -19,6 +19,7 @@ from .regions import INITS, RULES, initial_centers, regions_from_centers
 from .rstg import RSTG
 
 GENERATORS = ("fc", "pooled")
+GRAPH_OPTIONS = ("iterations", "combine", "send_layers", "update_layers", "aggregation", "order")
 
 # What the published code does where it departs from the paper, as options of `DyReG`.
 PUBLISHED: dict[str, Any] = {
@@ -63,6 +64,9 @@ class DynamicGraph(nn.Module):
     ):
         super().__init__()
         op = "DyReG"
+        unknown = sorted(set(graph) - set(GRAPH_OPTIONS))
+        if unknown:
+            raise TypeError(f"{op}: unknown arguments {unknown}; help(dyreg_triton.layers.DyReG) lists those accepted")
         self.in_channels = positive_int(op, "in_channels", in_channels)
         self.channels = positive_int(op, "node_channels", in_channels if node_channels is None else node_channels)
         self.size = pair(op, "size", size)
@@ -76,7 +80,7 @@ class DynamicGraph(nn.Module):
         choice(op, "weights_over", weights_over, ("locations", "nodes"))
         choice(op, "recurrence", recurrence, RECURRENCES)
         positive_int(op, "region_channels", region_channels)
-        self.project = self.channels != in_channels if project is None else project
+        self.project = self.channels != in_channels if project is None else flag(op, "project", project)
         if not self.project and self.channels != in_channels:
             raise ValueError(
                 f"{op}: project is False with in_channels {in_channels} and node_channels {self.channels}; "
@@ -103,11 +107,13 @@ class DynamicGraph(nn.Module):
         self.norm_dict["offset_ln_feats_coords"] = ChannelAffineNorm((region_channels,), 2)
         self.norm_dict["offset_ln_lstm"] = ChannelAffineNorm((region_channels,), 2)
         self.kernel_projection1 = nn.Linear(self.train_size[0] * self.train_size[1], self.channels)
-        self.register_buffer("centers", initial_centers(self.grid, self.size, init), persistent=False)
+        # as whole numbers, which .half() and .bfloat16() leave alone: a center in 16 bits is a fraction of a cell off
+        centers = initial_centers(self.grid, self.size, init).double() * (2 * self.num_nodes)
+        self.register_buffer("centers", centers.round().long(), persistent=False)
 
     def initial_centers(self) -> Tensor:
-        """(N, 2) = (x, y): where the nodes start."""
-        return self.centers
+        """(N, 2) = (x, y) in cells, float32: where the nodes start."""
+        return self.centers.float() / (2 * self.num_nodes)
 
     def latent(self, features: Tensor) -> Tensor:
         """One latent vector per node and frame, from the features (B, T, C, H, W): (B, T, N, D)."""
@@ -157,11 +163,9 @@ class DynamicGraph(nn.Module):
 
     def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
-        if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2:] != (self.in_channels, *self.size):
-            raise ValueError(
-                f"DyReG: x is {describe({'x': x})}; accepted is (B, T, {self.in_channels}, {self.size[0]}, "
-                f"{self.size[1]}) for in_channels {self.in_channels} and size {self.size}"
-            )
+        shape = (None, None, self.in_channels, *self.size)
+        form = f"(B, T, {', '.join(map(str, shape[2:]))}) for in_channels {self.in_channels} and size {self.size}"
+        layer_input("DyReG", "x", x, self.offset_alpha, shape, form)
         features = x
         if self.project:
             maps = self.norm_dict["dynamic_graph_projection"](self.project_i3d_linear(x.flatten(0, 1)))

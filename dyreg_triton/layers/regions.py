@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validate import choice, describe, pair
+from ..validate import choice, pair, what
 
 INITS = ("center", "grid")
 RULES = ("published", "paper")
 _EDGE = 1 - 1e-7  # atanh's argument stays inside (-1, 1)
+_LARGEST = 20.0  # of log sizes: a region e^20 times its start is flat on any map, and one much larger is infinite
 
 
 def initial_centers(grid: tuple[int, int], size: tuple[int, int], init: str) -> Tensor:
@@ -26,7 +27,9 @@ def regions_from_centers(
     offsets: Tensor, centers: Tensor, *, grid: tuple[int, int], size: tuple[int, int], rule: str = "published"
 ) -> Tensor:
     """`regions_from_offsets` with the initial centers (N, 2) = (x, y) given."""
+    offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
     log_size, shift = offsets.unflatten(-1, (2, 2)).flip(-1).unbind(-2)  # both now (*, N, 2) = across, down
+    log_size = log_size.clamp(max=_LARGEST)
     extent = torch.tensor([size[1], size[0]], dtype=offsets.dtype, device=offsets.device)
     start = torch.tensor([2 * grid[1], 2 * grid[0]], dtype=offsets.dtype, device=offsets.device)
     at_rest = torch.atanh((2 * centers.to(offsets.dtype) / extent - 1).clamp(-_EDGE, _EDGE))
@@ -58,7 +61,7 @@ def regions_from_offsets(
         rule: "published" or "paper".
 
     Returns:
-        regions (*, N, 4) = (cx, cy, w, h), in the dtype of `offsets`.
+        regions (*, N, 4) = (cx, cy, w, h), float32 or wider: a region in 16 bits is percents off.
 
     Raises:
         TypeError: offsets is no floating tensor.
@@ -66,10 +69,11 @@ def regions_from_offsets(
     """
     op = "regions_from_offsets"
     if not isinstance(offsets, Tensor) or not offsets.is_floating_point():
-        raise TypeError(f"{op}: offsets is {describe({'offsets': offsets})}; accepted is a floating tensor (*, N, 4)")
-    grid, size = pair(op, "grid", grid), pair(op, "size", size)
-    choice(op, "init", init, INITS)
-    choice(op, "rule", rule, RULES)
+        raise TypeError(f"{op}: offsets is {what(offsets)}; accepted is a floating tensor (*, N, 4)")
+    call = {"offsets": offsets, "grid": grid, "size": size}
+    grid, size = pair(op, "grid", grid, call), pair(op, "size", size, call)
+    choice(op, "init", init, INITS, call)
+    choice(op, "rule", rule, RULES, call)
     if offsets.dim() < 2 or offsets.shape[-1] != 4 or offsets.shape[-2] != grid[0] * grid[1]:
         raise ValueError(
             f"{op}: offsets has shape {tuple(offsets.shape)}; accepted is (*, {grid[0] * grid[1]}, 4) for grid {grid}"

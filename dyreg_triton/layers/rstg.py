@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..validate import choice, describe, positive_int
+from ..validate import choice, is_integer, layer_input, positive_int
 from .norms import ChannelAffineNorm
-from .recurrence import RECURRENCES, over_time, recurrence
+from .recurrence import RECURRENCES, over_time
+from .recurrence import recurrence as make_recurrence
 
 AGGREGATIONS = ("dot", "mean")
 COMBINATIONS = ("concatenate", "sum")
@@ -73,17 +74,17 @@ class RSTG(nn.Module):
         self.combine = choice("RSTG", "combine", combine, COMBINATIONS)
         self.aggregation = choice("RSTG", "aggregation", aggregation, AGGREGATIONS)
         self.order = choice("RSTG", "order", order, ORDERS)
-        if send_layers not in (1, 2):
+        if not is_integer(send_layers) or send_layers not in (1, 2):
             raise ValueError(f"RSTG: send_layers is {send_layers!r}; accepted are 1 and 2")
-        if update_layers not in (0, 1, 2):
+        if not is_integer(update_layers) or update_layers not in (0, 1, 2):
             raise ValueError(f"RSTG: update_layers is {update_layers!r}; accepted are 0, 1 and 2")
         if update_layers == 0 and combine == "concatenate":
             raise ValueError("RSTG: update_layers is 0, which adds, with combine 'concatenate'; accepted are 1 and 2")
 
         inputs = channels if combine == "sum" else 2 * channels
-        self.internal_lstm = _recurrence(recurrence, channels)
+        self.internal_lstm = make_recurrence(recurrence, channels)
         if order == "time-space":
-            self.external_lstm = _recurrence(recurrence, channels)
+            self.external_lstm = make_recurrence(recurrence, channels)
         self.send_mlp = _mlp(inputs, channels, send_layers)
         self.norm_dict = nn.ModuleDict(
             {
@@ -123,11 +124,8 @@ class RSTG(nn.Module):
         return self.norm_dict["update_norm"](self.update_mlp(both))
 
     def forward(self, nodes: Tensor) -> Tensor:
-        if not isinstance(nodes, Tensor) or nodes.dim() != 4 or nodes.shape[-1] != self.channels:
-            raise ValueError(
-                f"RSTG: nodes is {describe({'nodes': nodes})}; accepted is (B, T, N, {self.channels}) "
-                f"for channels {self.channels}"
-            )
+        form = f"(B, T, N, {self.channels}) for channels {self.channels}"
+        layer_input("RSTG", "nodes", nodes, next(self.parameters()), (None, None, None, self.channels), form)
         if nodes.numel() == 0:
             return nodes.clone()
         nodes = self.norm_dict["before_graph_norm"](nodes)
@@ -137,6 +135,3 @@ class RSTG(nn.Module):
             else:
                 nodes = over_time(self.internal_lstm, self.space(nodes))
         return over_time(self.external_lstm, nodes) if self.order == "time-space" else nodes
-
-
-_recurrence = recurrence  # the constructor's argument of that name hides it

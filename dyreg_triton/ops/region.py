@@ -34,8 +34,8 @@ def _refuse_transforms(op: str, *tensors: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    transform = torch._C._functorch.peek_interpreter_stack()
-    if dual or (transform is not None and transform.key().name in ("Grad", "Jvp")):
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if dual or any(t.key().name in ("Grad", "Jvp") for t in transforms):
         raise RuntimeError(
             f"{op}: forward-mode differentiation and torch.func's gradient transforms are not implemented on the "
             "triton backend; accepted there is reverse mode (backward, torch.autograd.grad); for the others compute "
@@ -63,7 +63,7 @@ def region_kernel(
         RuntimeError: the backend asked for cannot run here.
     """
     size = region_arguments("region_kernel", regions, profile, temperature, size=size)
-    name = choose("region_kernel", regions.device, regions.dtype)
+    name = choose("region_kernel", regions, {"regions": regions, "size": size})
     if name == "reference":
         return reference.region_kernel(regions, size, profile=profile, temperature=temperature)
     if name == "triton":
@@ -80,6 +80,8 @@ def region_pool(x: Tensor, regions: Tensor, *, profile: str = "linear", temperat
         regions: (*, N, 4) = (cx, cy, w, h) in cells, with x's leading dimensions; x's dtype or float32.
         profile, temperature: as `region_kernel`.
 
+    On Triton the backward is one pass over the map for up to 32 regions, and two beyond.
+
     Returns:
         nodes (*, N, C) in x's dtype, contiguous. Sums accumulate in float32 (float64 for float64). Under autocast x
         is cast to the autocast dtype; regions are not. A cell of weight 0 may be left unread.
@@ -91,7 +93,7 @@ def region_pool(x: Tensor, regions: Tensor, *, profile: str = "linear", temperat
     """
     region_arguments("region_pool", regions, profile, temperature, x=x)
     x = lowered(x)
-    name = choose("region_pool", x.device, x.dtype)
+    name = choose("region_pool", x, {"x": x, "regions": regions})
     if name == "reference":
         return reference.region_pool(x, regions, profile=profile, temperature=temperature)
     if name == "triton":
@@ -123,7 +125,7 @@ def region_remap(
     """
     size = region_arguments("region_remap", regions, profile, temperature, nodes=nodes, size=size)
     nodes = lowered(nodes)
-    name = choose("region_remap", nodes.device, nodes.dtype)
+    name = choose("region_remap", nodes, {"nodes": nodes, "regions": regions, "size": size})
     if name == "reference":
         return reference.region_remap(nodes, regions, size, profile=profile, temperature=temperature)
     if name == "triton":
