@@ -435,3 +435,54 @@ def test_compat_input_shape_of_dyreg(shape: tuple[int, ...]) -> None:
         given = torch.ones(shape)
         with refused(ValueError, shape, "(B, T, 4, 14, 14)"), NothingRuns():
             module(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
+def test_input_dtype_of_layers(dtype: torch.dtype) -> None:
+    with refused(TypeError, "DyReG", "x is (1, 2, 4, 6, 7)", str(dtype)[6:], "float32", "autocast"):
+        dt.layers.DyReG(4, (6, 7))(torch.ones(1, 2, 4, 6, 7, dtype=dtype))
+    with refused(TypeError, "RSTG", "nodes is (1, 2, 3, 4)", str(dtype)[6:], "float32"):
+        dt.layers.RSTG(4)(torch.ones(1, 2, 3, 4, dtype=dtype))
+
+
+def test_sparse_features() -> None:
+    with refused(TypeError, "region_pool", "x", "sparse", "dense", "regions (2, 4)"):
+        dt.ops.region_pool(torch.ones(3, 5, 6).to_sparse(), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("params", ["dyreg", [1, 2], 3])
+def test_compat_params_of_no_use(params: object) -> None:
+    with refused(TypeError, "ops.rstg.RSTG", "params", repr(params), "mapping"):
+        dt.compat.build("ops.rstg.RSTG", params=params)
+
+
+@pytest.mark.parametrize("key", ["combine_by_sum", "full_res"])
+def test_compat_flags_are_bools(key: str) -> None:
+    with refused(ValueError, f"params.{key}", "'False'", "True and False"):
+        dt.compat.build("ops.dyreg.DynamicGraph", params={key: "False"})
+
+
+@pytest.mark.parametrize("layers", [True, 1.0, "2", 3])
+def test_layers_of_mlps(layers: object) -> None:
+    with refused(ValueError, "send_layers", repr(layers), "1 and 2"):
+        dt.layers.RSTG(4, send_layers=layers)
+
+
+def test_unknown_option_of_dyreg() -> None:
+    with refused(TypeError, "DyReG", "foo"):
+        dt.layers.DyReG(4, (6, 7), foo=1)
+
+
+def test_compat_name_that_is_no_name() -> None:
+    with refused(ValueError, "compat.build", "['a']", "'ops.rstg.RSTG'"):
+        dt.compat.build(["a"])
+
+
+def test_wrapper_names_its_own_argument() -> None:
+    with refused(ValueError, "DynamicGraphWrapper", "in_channels", "0"):
+        dt.compat.build("ops.dyreg.DynamicGraphWrapper", in_channels=0)
+
+
+def test_can_run_takes_a_dtype() -> None:
+    with refused(TypeError, "can_run", "dtype", "'float32'"):
+        can_run("eager", device="cpu", dtype="float32")

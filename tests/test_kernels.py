@@ -1,6 +1,8 @@
 """What only the Triton path has: registration, tiles that are skipped, layouts read in place, blocks of regions."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -201,10 +203,37 @@ def test_more_leading_dimensions_than_a_kernel_addresses():
 def test_float16_weights_of_large_regions_keep_their_bits():
     """On a map of 200 x 200 a uniform weight is below float16's normal numbers."""
     x = torch.ones(1, 16, 200, 200, device=DEVICE, dtype=torch.float16)
-    r = torch.tensor([[[99.5, 99.5, 1e6, 1e6]]], device=DEVICE)
+    r = torch.tensor([[[99.5, 99.5, 1e6, 1e6], [20.3, 30.4, 0.9, 0.9]]], device=DEVICE)  # huge beside one cell
     with dt.backend("triton"):
         nodes = dt.ops.region_pool(x, r)
-    assert_close(nodes, torch.ones(1, 1, 16), tolerance=1e-3)
+    assert_close(nodes, torch.ones(1, 2, 16), tolerance=1e-3)
+
+
+@kernels
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="takes virtual memory, which a GPU does not have")
+@pytest.mark.parametrize("strides", [(2**31, 4, 1), (4, 2**31, 1), (8, 1, 2**31)], ids=str)
+def test_strides_beyond_int32(strides):
+    """In a process of its own: what goes wrong here is a segmentation fault."""
+    code = f"""
+import torch, dyreg_triton as dt
+x = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 2, 2), {strides})
+x.copy_(torch.arange(8).view(2, 2, 2))
+r = torch.tensor([[0.7, 0.4, 1.7, 1.4]])
+with dt.backend("triton"):
+    found = dt.ops.region_pool(x, r)
+with dt.backend("eager"):
+    assert torch.allclose(found, dt.ops.region_pool(x, r), rtol=1e-2), found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@kernels
+def test_gradient_transforms_are_refused_under_vmap_too():
+    x, _, r = inputs(2)
+    with dt.backend("triton"), pytest.raises(RuntimeError, match=r"region_pool: .*torch\.func's gradient transforms"):
+        torch.func.grad(lambda x: torch.func.vmap(dt.ops.region_pool)(x, r).sum())(x)
 
 
 def test_layout_of_leading_dimensions():

@@ -672,3 +672,23 @@ def test_compat_anchors(init: str) -> None:
     down = [6.0] * 9 if init == "center" else [2.0] * 3 + [6.0] * 3 + [10.0] * 3
     assert_close(state["pw_buf"], torch.tensor(across).view(1, 9, 1).double())
     assert_close(state["ph_buf"], torch.tensor(down).view(1, 9, 1).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_anchors_stay_where_they_are_in_16_bits(dtype: torch.dtype) -> None:
+    """A third of 100 cells is no 16-bit number; regions are computed in float32 all the same."""
+    layer = dt.layers.DyReG(4, (100, 100), grid=(3, 3), init="grid")
+    before = layer.dynamic_graph.initial_centers()
+    after = layer.to(dtype).dynamic_graph.initial_centers()
+    assert after.dtype == torch.float32
+    assert torch.equal(before, after)
+    assert_close(after[:, 0], torch.tensor([100 / 6, 50, 500 / 6] * 3))
+
+
+def test_offsets_of_any_size_give_finite_regions() -> None:
+    offsets = torch.tensor([[100.0, 100.0, 1e4, -1e4], [-100.0, -100.0, 0.0, 0.0]])
+    regions = dt.layers.regions_from_offsets(offsets, grid=(1, 2), size=(6, 8))
+    assert regions.isfinite().all()
+    assert dt.ops.region_pool(torch.ones(3, 6, 8), regions).isfinite().all()
+    half = dt.layers.regions_from_offsets(offsets.half(), grid=(1, 2), size=(6, 8))
+    assert half.dtype == torch.float32

@@ -802,3 +802,18 @@ def test_agrees_with_reference_in_its_own_dtype(backend: str, op: str, device: t
     assert_identical(chosen, direct)
     assert direct.dtype == torch.float32
     assert relative_error(actual, direct) < 1e-5
+
+
+@on_backends
+def test_compile_with_sizes_and_temperatures_that_change(backend: str, device: torch.device) -> None:
+    """Neither a new size nor an annealed temperature may break the graph."""
+
+    def call(x: Tensor, regions: Tensor, temperature: float) -> Tensor:
+        return dt.ops.region_pool(x, regions, profile="log-linear", temperature=temperature)
+
+    with dt.backend(backend):
+        compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=True)
+        for frames, side, temperature in ((2, 6, 1.0), (3, 7, 2.0), (4, 8, 3.5), (5, 9, 4.5)):
+            x = torch.randn(frames, 3, side, side + 1, device=device)
+            regions = random_regions((frames, 2), (side, side + 1), seed=side).to(device)
+            assert_close(compiled(x, regions, temperature), call(x, regions, temperature))
