@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..autocast import full_precision
 
@@ -51,12 +52,16 @@ def region_kernel(regions: Tensor, size: tuple[int, int], profile: str, temperat
     return _kernel(wide, size, profile, temperature).to(regions.dtype).contiguous()
 
 
-def region_pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
-    """nodes (*, N, C) = K x^T."""
+def region_pool(x: Tensor, regions: Tensor, profile: str, temperature: float, position: Tensor | None = None) -> Tensor:
+    """nodes (*, N, C) = K (x + position)^T, where one position map (C, H, W) serves all frames."""
     wide = torch.promote_types(x.dtype, torch.float32)
     with full_precision(x.device.type):
         k = _kernel(regions.to(wide), (x.shape[-2], x.shape[-1]), profile, temperature)
-        return torch.matmul(k.flatten(-2), x.to(wide).flatten(-2).mT).to(x.dtype)
+        k = k.flatten(-2)
+        nodes = torch.matmul(k, x.to(wide).flatten(-2).mT)
+        if position is not None:  # one product for all frames, and no second map of x's size
+            nodes = nodes + F.linear(k, position.to(wide).flatten(1))
+        return nodes.to(x.dtype)
 
 
 def region_remap(nodes: Tensor, regions: Tensor, size: tuple[int, int], profile: str, temperature: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..autocast import full_precision
+from ..ops.region import pool_placed
 from ..validate import choice, flag, layer_input, pair, positive_int, profile_arguments
 from .generators import Fishnet, GloRe
 from .norms import ChannelAffineNorm
@@ -146,7 +147,7 @@ class DynamicGraph(nn.Module):
                 rule=self.region_rule,
             )
 
-    def position_map(self, dtype: torch.dtype) -> Tensor:
+    def position_map(self) -> Tensor:
         """The position embedding as a map (C, H, W): a linear map of a kernel is a pooling with that kernel.
 
         K W^T = pool(W.view(C, H, W)). At another size than the training one the kernel is averaged down first, which
@@ -159,7 +160,7 @@ class DynamicGraph(nn.Module):
                     identity = torch.eye(large, dtype=weight.dtype, device=weight.device)
                     average = F.adaptive_avg_pool1d(identity, small)  # (large, small): what each large cell gives
                     weight = torch.tensordot(weight, average, dims=([1 + axis], [1])).movedim(-1, 1 + axis)
-        return weight.to(dtype)
+        return weight
 
     def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
@@ -171,8 +172,7 @@ class DynamicGraph(nn.Module):
             maps = self.norm_dict["dynamic_graph_projection"](self.project_i3d_linear(x.flatten(0, 1)))
             features = maps.unflatten(0, x.shape[:2])
         regions = self.regions(features)
-        placed = features + self.position_map(features.dtype)
-        nodes = ops.region_pool(placed, regions, profile=self.profile, temperature=self.temperature)
+        nodes = pool_placed(features, self.position_map(), regions, self.profile, self.temperature)
         return self.rstg(nodes + self.kernel_projection1.bias.to(nodes.dtype)), regions
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

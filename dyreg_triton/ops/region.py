@@ -91,19 +91,29 @@ def region_pool(x: Tensor, regions: Tensor, *, profile: str = "linear", temperat
         ValueError: a wrong rank, shape, device, profile or temperature.
         RuntimeError: the backend asked for cannot run here.
     """
+    return pool_placed(x, None, regions, profile, temperature)
+
+
+def pool_placed(x: Tensor, position: Tensor | None, regions: Tensor, profile: str, temperature: float) -> Tensor:
+    """`region_pool` of x + position, position (C, H, W): a linear map of each region's kernel, added to its node.
+
+    K W^T = pool(W.view(C, H, W)), so an embedding of the kernel needs no kernel.
+    """
     region_arguments("region_pool", regions, profile, temperature, x=x)
     x = lowered(x)
     name = choose("region_pool", x, {"x": x, "regions": regions})
+    if name == "eager":
+        return eager.region_pool(x, regions, profile, temperature, position)
+    if position is not None:
+        x = x + position.to(x.dtype)
     if name == "reference":
         return reference.region_pool(x, regions, profile=profile, temperature=temperature)
-    if name == "triton":
-        _refuse_transforms("region_pool", x, regions)
-        lead = x.shape[:-3]
-        if len(lead) > 3:  # the kernels address up to three leading dimensions in place
-            x, regions = x.flatten(0, -4), regions.flatten(0, -3)
-        nodes = _pool(x, regions, profile, float(temperature))
-        return nodes if len(lead) <= 3 else nodes.unflatten(0, lead)
-    return eager.region_pool(x, regions, profile, temperature)
+    _refuse_transforms("region_pool", x, regions)
+    lead = x.shape[:-3]
+    if len(lead) > 3:  # the kernels address up to three leading dimensions in place
+        x, regions = x.flatten(0, -4), regions.flatten(0, -3)
+    nodes = _pool(x, regions, profile, float(temperature))
+    return nodes if len(lead) <= 3 else nodes.unflatten(0, lead)
 
 
 def region_remap(
