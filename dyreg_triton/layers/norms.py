@@ -21,20 +21,16 @@ class ChannelAffineNorm(nn.Module):
         self.scale = nn.Parameter(torch.full(shape, start))
         self.bias = nn.Parameter(torch.zeros(shape))
 
+    def standardise(self, x: Tensor) -> Tensor:
+        """(x - mean) / sqrt(var + eps)."""
+        return F.layer_norm(x, x.shape[-self.dims :], eps=self.eps)
+
+    def affine(self, x: Tensor) -> Tensor:
+        """x * scale + bias; it commutes with an average over anything but the channels."""
+        return x * self.scale + self.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-self.dims :], eps=self.eps) * self.scale + self.bias
-
-    def of_average(self, averages: Tensor, x: Tensor) -> Tensor:
-        """The same normalisation of x followed by an average over some of its entries per channel, given the averages.
-
-        A weighted mean (weights summing to 1) commutes with an affine map that is constant per channel, so x itself
-        is never normalised; x gives the statistics.
-        """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(-self.dims)
-        var, mean = torch.var_mean(wide, dim=-1, correction=0)
-        extra = (1,) * (averages.dim() - mean.dim())
-        mean, rstd = mean.view(*mean.shape, *extra), torch.rsqrt(var + self.eps).view(*var.shape, *extra)
-        return ((averages - mean) * rstd).to(averages.dtype) * self.scale + self.bias
+        return self.affine(self.standardise(x))
 
     def extra_repr(self) -> str:
         return f"{tuple(self.scale.shape)}, dims={self.dims}, eps={self.eps}"

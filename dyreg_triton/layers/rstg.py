@@ -37,7 +37,7 @@ class RSTG(nn.Module):
         v_i  = recurrence over time                          equation 9
 
     All iterations share their weights. The first layer of the message MLP is linear in its two inputs, so it runs
-    once per node and not once per pair; the normalisation commutes with the average, so it runs on its result.
+    once per node and not once per pair; the norm's scale and bias commute with the average, so they act on its result.
 
     Args:
         channels: channels C of a node.
@@ -112,14 +112,13 @@ class RSTG(nn.Module):
 
     def space(self, nodes: Tensor) -> Tensor:
         """One round of messages and updates within each frame."""
-        messages = self.messages(nodes)
         norm: Any = self.norm_dict["send_message_norm"]
+        messages = norm.standardise(self.messages(nodes))
         if self.aggregation == "dot":
             weights = torch.softmax(self.att_q(nodes) @ self.att_k(nodes).mT, dim=-1).to(messages.dtype)
-            average = (weights.unsqueeze(3) @ messages).squeeze(3)
-            received = torch.relu(norm.of_average(average, messages) + self.att_bias)
+            received = torch.relu(norm.affine((weights.unsqueeze(-1) * messages).sum(3)) + self.att_bias)
         else:
-            received = norm.of_average(messages.mean(dim=3), messages)
+            received = norm.affine(messages.mean(3))
         both = nodes + received if self.combine == "sum" else torch.cat([nodes, received.to(nodes.dtype)], dim=-1)
         return self.norm_dict["update_norm"](self.update_mlp(both))
 
