@@ -131,6 +131,15 @@ def test_pixels_of_a_region_are_those_its_cell_is_computed_from():
     assert len(down) == len(across) == 26
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_any_number_of_steps_trains(steps):
+    net = model.Network()
+    before = net.head.weight.detach().clone()
+    model.train(net, blobs(), steps=steps, seed=0, device=torch.device("cpu"))
+    assert not torch.equal(net.head.weight, before)
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
 def test_digits_seen_grow_to_all():
     assert [model.digits_at(step, 10) for step in range(10)] == [1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
 
@@ -282,6 +291,7 @@ def test_the_demo_stopped_by_the_keyboard_leaves_nothing(no_mnist_needed, monkey
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(run, "measure_times", lambda *_: {})
     monkeypatch.setattr(run, "save_file", stop)
     out = tmp_path / "demo"
     assert main(["--quick", "--steps", "1", "--device", "cpu", "--out", str(out)]) == 130
@@ -292,6 +302,7 @@ def test_the_demo_stopped_by_the_keyboard_leaves_nothing(no_mnist_needed, monkey
 def test_a_run_that_shows_nothing_fails(no_mnist_needed, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "measure_times", lambda *_: {"a map": measure.Times(1, 2, 0)})
     monkeypatch.setattr(run, "train", lambda *_, **__: None)
+    monkeypatch.setattr(run, "make_clips", lambda *_: clips(8))
     assert main(["--steps", "1", "--device", "cpu", "--out", str(tmp_path / "demo")]) == 1
     assert "NOT MET: accuracy" in capsys.readouterr().err
 

@@ -1,0 +1,1 @@
+"""`python -m dyreg_triton.demo`: train a small network with one DyReG layer on moving digits and show it."""
