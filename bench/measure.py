@@ -6,12 +6,14 @@ contenders whose outputs and gradients were right in that run are timed, and wit
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import functools
 import itertools
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -40,6 +42,8 @@ class Machine:
     def here(cls, device: str | None = None) -> Machine:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         cuda = chosen.type == "cuda"
+        if not cuda:
+            _keep_freed_memory()
         name = (
             torch.cuda.get_device_name(chosen)
             if cuda
@@ -72,17 +76,11 @@ class Machine:
         end_event.synchronize()
         return start_event.elapsed_time(end_event) / 1e3
 
-    def interleaved(self, calls: Sequence[Callable[[], object]], repeats: int = 15) -> list[float]:
-        """Median seconds of each call, taken in turns after two rounds that do not count."""
-        times: list[list[float]] = [[] for _ in calls]
-        for i in range(repeats + 2):
-            for call, kept in zip(calls, times, strict=True):
-                seconds = self.seconds(call)
-                if i >= 2:
-                    kept.append(seconds)
-        return [statistics.median(kept) for kept in times]
+    def interleaved(self, calls: Sequence[Callable[[], object]], repeats: int = 24) -> list[float]:
+        """Median device seconds of each call."""
+        return _interleaved(self.seconds, calls, repeats)
 
-    def wall(self, calls: Sequence[Callable[[], object]], repeats: int = 15) -> list[float]:
+    def wall(self, calls: Sequence[Callable[[], object]], repeats: int = 24) -> list[float]:
         """Median host seconds of each call until its work is done: what a user waits."""
 
         def timed(call: Callable[[], object]) -> float:
@@ -92,8 +90,7 @@ class Machine:
                 torch.cuda.synchronize(self.device)
             return time.perf_counter() - start
 
-        times = [[timed(call) for call in calls] for _ in range(repeats + 2)][2:]
-        return [statistics.median(column) for column in zip(*times, strict=True)]
+        return _interleaved(timed, calls, repeats)
 
     def extra_bytes(self, call: Callable[[], object]) -> int | None:
         """Peak memory of a call beyond what was held before it; None where the device does not tell."""
@@ -128,6 +125,32 @@ class Machine:
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         partial.write_text(former + json.dumps({**row, **self.about()}) + "\n")
         os.replace(partial, path)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: else chance decides which contender pays for fresh pages, up to half its time."""
+    trim_threshold, mmap_threshold = -1, -3  # of mallopt
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)  # the most that glibc takes
+
+
+def _interleaved(
+    timed: Callable[[Callable[[], object]], float], calls: Sequence[Callable[[], object]], repeats: int
+) -> list[float]:
+    """Medians of calls taken in turns, after two rounds that do not count.
+
+    Every round has an order of its own: who follows whom decides who finds memory freed and caches full.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    shuffled = random.Random(0)
+    for i in range(repeats + 2):
+        for turn in shuffled.sample(range(len(calls)), len(calls)):
+            seconds = timed(calls[turn])
+            if i >= 2:
+                times[turn].append(seconds)
+    return [statistics.median(kept) for kept in times]
 
 
 @functools.cache

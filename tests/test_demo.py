@@ -292,7 +292,7 @@ def test_the_demo_stopped_by_the_keyboard_leaves_nothing(no_mnist_needed, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "measure_times", lambda *_: {})
-    monkeypatch.setattr(run, "save_file", stop)
+    monkeypatch.setattr(run, "save", stop)
     out = tmp_path / "demo"
     assert main(["--quick", "--steps", "1", "--device", "cpu", "--out", str(out)]) == 130
     assert sorted(path.name for path in out.iterdir()) == ["regions.webp", "report.md"]

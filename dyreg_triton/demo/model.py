@@ -16,7 +16,9 @@ from .digits import CLASSES, DIGITS, Clips, make_clips
 
 CELLS = 16  # the layer's map is 16 x 16
 STRIDE = 4  # pixels a cell
-SIZE_AT_REST = CELLS / 6  # a region's half-extent before anything is learnt (DyReG, Duta et al., equation 11)
+# Cells that a region's extent is held near: where it starts (DyReG, Duta et al., equation 11), which is a digit's size.
+# A gaussian has no edge; 1 / sqrt(6) of that makes its standard deviation the linear kernel's.
+SIZES = {"linear": CELLS / 6, "log-linear": CELLS / 6, "gaussian": CELLS / 6 / math.sqrt(6)}
 SIZE_PENALTY = 0.1
 # Nodes add what they receive, as in the published code: the paper's deeper graph learns too slowly for a demo.
 GRAPH: dict[str, Any] = {"combine": "sum", "send_layers": 1, "update_layers": 0}
@@ -84,9 +86,10 @@ def train(net: Network, images: Tensor, *, steps: int, seed: int, device: torch.
     """Train on `steps` batches of fresh clips of `images`.
 
     Every frame must name all classes by itself, so that regions have to be right at all times. The sizes of regions
-    are held near their start: regions as large as the map tell the classes as well, and find nothing.
+    are held near a digit's: regions as large as the map tell the classes as well, and find nothing.
     """
     net.train()
+    size = SIZES[net.layer.dynamic_graph.profile]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE)
     # a fifth of the steps to warm up, and not 0.2: torch divides by pct_start * steps - 1
@@ -98,7 +101,7 @@ def train(net: Network, images: Tensor, *, steps: int, seed: int, device: torch.
         said, regions = net(clips.video)
         logits, labels = per_frame(said), clips.labels.unsqueeze(1)
         loss = F.binary_cross_entropy_with_logits(logits, labels.expand_as(logits))
-        growth = (regions[..., 2:] / SIZE_AT_REST).log().square().mean()
+        growth = (regions[..., 2:] / size).log().square().mean()
         optimizer.zero_grad(set_to_none=True)
         (loss + SIZE_PENALTY * growth).backward()
         optimizer.step()

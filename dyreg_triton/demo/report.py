@@ -111,23 +111,23 @@ def suggestions(options: Options) -> Iterable[str]:
     if options.profile != "gaussian":
         yield f"`{command} --profile gaussian`: kernels without an edge"
     if options.variant != "lite":
-        yield f"`{command} --variant lite`: the pooled generator in place of the convolutional one"
+        yield f"`{command} --variant lite`: can the pooled generator, whose weights know no places, find three digits?"
     yield f"`{command} --seed {options.seed + 1} --steps {2 * options.steps}`: other digits, trained for longer"
     yield "`dt.layers.DyReG(channels, (H, W))` after a stage of your own network: it starts as the identity"
 
 
 def markdown(figures: Figures) -> str:
     options = figures.options
+    nodes = options.grid[0] * options.grid[1]
     problems = shortcomings(figures)
     lines = [
         "# DyReG on moving digits",
         "",
-        f"In every clip {DIGITS} MNIST digits move over a {CANVAS} × {CANVAS} canvas for {FRAMES} frames; which "
-        "classes are present? A small convolutional network answers from the "
-        f"{options.grid[0] * options.grid[1]} nodes of one DyReG layer on a {CELLS} × {CELLS} map and from nothing "
-        "else, so its regions have to find the digits. Nobody "
-        "tells it where they are. It is trained on clips of one, then two, then three digits, and the sizes of regions "
-        "are held near their start.",
+        f"In every clip {DIGITS} MNIST digits move over a {CANVAS} × {CANVAS} canvas for {FRAMES} frames. Which "
+        f"classes are present? A small convolutional network answers from the {nodes} nodes of one DyReG layer on a "
+        f"{CELLS} × {CELLS} map and from nothing else, so its regions have to find the digits; nobody tells it where "
+        "they are. It is trained on clips of one, then two, then three digits, and the sizes of regions are held near "
+        "a digit's.",
         "",
         "![Regions drawn over moving digits, one colour a node](regions.webp)",
         "",
