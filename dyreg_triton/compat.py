@@ -138,6 +138,11 @@ class DynamicGraph(dyreg.DynamicGraph):
         sizes = {"backbone_dim": backbone_dim, "H": H, "W": W, "h": h, "w": w, "node_dim": node_dim}
         for key, value in sizes.items():
             positive_int(op, key, value)
+        if not project_i3d and node_dim != backbone_dim:
+            raise ValueError(
+                f"{op}: node_dim is {node_dim} and backbone_dim {backbone_dim} with project_i3d False; "
+                "accepted without projection are equal ones"
+            )
         train_size = None
         if chosen["full_res"]:
             if iH is None or iW is None:

@@ -486,3 +486,8 @@ def test_wrapper_names_its_own_argument() -> None:
 def test_can_run_takes_a_dtype() -> None:
     with refused(TypeError, "can_run", "dtype", "'float32'"):
         can_run("eager", device="cpu", dtype="float32")
+
+
+def test_compat_dimensions_without_projection() -> None:
+    with refused(ValueError, "ops.dyreg.DynamicGraph", "node_dim is 8", "backbone_dim 16", "project_i3d False"):
+        dt.compat.build("ops.dyreg.DynamicGraph", H=8, W=8, node_dim=8, backbone_dim=16)
