@@ -138,6 +138,7 @@ class DynamicGraph(dyreg.DynamicGraph):
         sizes = {"backbone_dim": backbone_dim, "H": H, "W": W, "h": h, "w": w, "node_dim": node_dim}
         for key, value in sizes.items():
             positive_int(op, key, value)
+        graph = _graph_options(op, chosen, rnn_type, iterations)
         if not project_i3d and node_dim != backbone_dim:
             raise ValueError(
                 f"{op}: node_dim is {node_dim} and backbone_dim {backbone_dim} with project_i3d False; "
@@ -165,7 +166,7 @@ class DynamicGraph(dyreg.DynamicGraph):
             region_rule="published",
             offset_bias=True,
             train_size=train_size,
-            **_graph_options(op, chosen, rnn_type, iterations),
+            **graph,
         )
         self.keep_regions = keep_regions
         centers = super().initial_centers()
