@@ -78,7 +78,7 @@ def machine(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
-    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    return f"torch {torch.__version__}, {name}, threads: {torch.get_num_threads()}, Python {platform.python_version()}"
 
 
 def rows(figures: Figures) -> list[tuple[str, str]]:
