@@ -3,7 +3,7 @@ K[n, p] = k_y[n, row(p)] k_x[n, column(p)] that is made on the fly and never sto
 
     gather   nodes[n, c] = sum_p K[n, p] x[c, p]                    pooling; re-mapping's gradient for the nodes
     scatter  y[c, p]     = sum_n K[n, p] v[n, c]                    re-mapping; pooling's gradient for x
-    moments  dK[n, p]    = sum_c v[n, c] x[c, p],  dregion[n, i] = sum_p dK[n, p] dK[n, p] / dregion[i]
+    moments  by_k[n, p]  = sum_c v[n, c] x[c, p],  by_region[n, i] = sum_p by_k[n, p] dK[n, p] / dregion[n, i]
 
 Floor: bytes. gather reads a map once, scatter writes one once; the moments ride along on the map that is being read
 (gather) or read it beside the one being written (scatter), so a backward is one pass. Regions, nodes and their
@@ -11,8 +11,8 @@ gradients are a few kilobytes a frame.
 
 Tiling: a program owns BLOCK_C channels of a frame and walks the map's cells, flattened, BLOCK_P at a time: flat cells
 keep 8- or 16-byte loads where rows of 14 or 28 cells would give 4 or 8. The regions sit in the other dimension of the
-product, at least 16 (the tensor cores' least), so the product costs as much for 16 regions as for one; up to 64 fit
-one program. Each program sums the axes for itself (H + W cells per region, a fraction of a tile). Programs of a frame
+product, at least 16 (the tensor cores' least), so the product costs as much for 16 regions as for one; 64 fit one
+program, 32 where it reads and writes a map (beyond, that backward is two passes). Each program sums the axes for itself (H + W cells per region, a fraction of a tile). Programs of a frame
 differ only in channels; parameter gradients leave one row per program and are summed afterwards, in fixed order.
 Compact profiles skip tiles that no region touches: gather then does not read them, and scatter writes zeros.
 Occupancy hides the latency of the loads, since a load under a condition is not pipelined; hence small tiles and few
