@@ -93,15 +93,20 @@ def pair(op: str, name: str, value: object, call: Mapping[str, object] | None = 
     raise ValueError(f"{op}: {name} is {value!r}; accepted are two positive integers (rows, columns){_of(call)}")
 
 
+def positive_number(op: str, name: str, value: Any, call: Mapping[str, object] | None = None) -> Any:
+    """`value` as a finite number > 0."""
+    error: type[Exception] = TypeError
+    if isinstance(value, (int, float, torch.SymFloat)) and not isinstance(value, bool):
+        if 0 < value < math.inf:
+            return value
+        error = ValueError
+    raise error(f"{op}: {name} is {value!r}; accepted is a finite number > 0{_of(call)}")
+
+
 def profile_arguments(op: str, profile: object, temperature: object, call: Mapping[str, object] | None = None) -> None:
     """Check a region profile's name and its temperature."""
     choice(op, "profile", profile, PROFILES, call)
-    error: type[Exception] = TypeError
-    if isinstance(temperature, (int, float, torch.SymFloat)) and not isinstance(temperature, bool):
-        if 0 < temperature < math.inf:
-            return
-        error = ValueError
-    raise error(f"{op}: temperature is {temperature!r}; accepted is a finite number > 0{_of(call)}")
+    positive_number(op, "temperature", temperature, call)
 
 
 def region_arguments(

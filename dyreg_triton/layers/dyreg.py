@@ -11,15 +11,17 @@ from torch.nn import functional as F
 from .. import ops
 from ..autocast import full_precision
 from ..ops.region import pool_placed
-from ..validate import choice, flag, layer_input, pair, positive_int, profile_arguments
-from .generators import Fishnet, GloRe
+from ..validate import choice, flag, layer_input, pair, positive_int, positive_number, profile_arguments
+from .generators import Fishnet, GloRe, node_weights
 from .norms import ChannelAffineNorm
 from .recurrence import RECURRENCES, over_time
 from .recurrence import recurrence as make_recurrence
 from .regions import INITS, RULES, initial_centers, regions_from_centers
 from .rstg import RSTG
+from .variants import REGIONS, VARIANTS, Variant
 
 GENERATORS = ("fc", "pooled")
+CONNECTIONS = ("residual", "serial")
 GRAPH_OPTIONS = ("iterations", "combine", "send_layers", "update_layers", "aggregation", "order")
 
 # What the published code does where it departs from the paper, as options of `DyReG`.
@@ -51,10 +53,12 @@ class DynamicGraph(nn.Module):
         grid: tuple[int, int] = (3, 3),
         node_channels: int | None = None,
         project: bool | None = None,
+        regions: str = "full",
+        size_ratio: float | None = None,
         region_channels: int = 32,
         generator: str = "fc",
         weights_over: str = "locations",
-        init: str = "center",
+        init: str | None = None,
         region_rule: str = "paper",
         offset_bias: bool = False,
         recurrence: str = "gru",
@@ -73,14 +77,17 @@ class DynamicGraph(nn.Module):
         self.size = pair(op, "size", size)
         self.grid = pair(op, "grid", grid)
         self.train_size = self.size if train_size is None else pair(op, "train_size", train_size)
-        self.init = choice(op, "init", init, INITS)
+        self.variant = VARIANTS.get(choice(op, "regions", regions, REGIONS))
+        self.size_ratio = None if size_ratio is None else positive_number(op, "size_ratio", size_ratio)
+        self.init = choice(op, "init", ("grid" if regions == "grid" else "center") if init is None else init, INITS)
         self.region_rule = choice(op, "region_rule", region_rule, RULES)
         profile_arguments(op, profile, temperature)
         self.profile, self.temperature = profile, temperature
-        choice(op, "generator", generator, GENERATORS)
-        choice(op, "weights_over", weights_over, ("locations", "nodes"))
+        self.generator = choice(op, "generator", generator, GENERATORS)
+        self.weights_over = choice(op, "weights_over", weights_over, ("locations", "nodes"))
         choice(op, "recurrence", recurrence, RECURRENCES)
         positive_int(op, "region_channels", region_channels)
+        flag(op, "offset_bias", offset_bias)
         self.project = self.channels != in_channels if project is None else flag(op, "project", project)
         if not self.project and self.channels != in_channels:
             raise ValueError(
@@ -95,29 +102,43 @@ class DynamicGraph(nn.Module):
             self.project_i3d_linear = nn.Conv2d(in_channels, self.channels, 1)
             self.project_back_i3d_linear = nn.Conv2d(self.channels, in_channels, 1)
             self.norm_dict["dynamic_graph_projection"] = ChannelAffineNorm((1, self.channels, 1, 1), 3)
-        if generator == "fc":
+        if self.variant is None:
+            self.semantic_conv = nn.Conv2d(self.channels, self.num_nodes, 1)
+        elif self.variant.moves:
+            self._add_generator(recurrence, region_channels, offset_bias)
+        self.kernel_projection1 = nn.Linear(self.train_size[0] * self.train_size[1], self.channels)
+        # as whole numbers, which .half() and .bfloat16() leave alone: a center in 16 bits is a fraction of a cell off
+        centers = initial_centers(self.grid, self.size, self.init).double() * (2 * self.num_nodes)
+        self.register_buffer("centers", centers.round().long(), persistent=False)
+
+    def _add_generator(self, recurrence: str, region_channels: int, offset_bias: bool) -> None:
+        """The parts that lead to offsets: latent vectors (learned, or predicted and carried over time), linear map."""
+        assert self.variant is not None
+        if not self.variant.sees:
+            self.region_latent = nn.Parameter(torch.randn(self.num_nodes, region_channels))
+        elif self.generator == "fc":
             self.fishnet = Fishnet(self.channels, self.train_size)
             # as wide as its input: a fully connected layer per node, output channel = node * region_channels + d
             self.global_conv = nn.Sequential(nn.Conv2d(16, self.num_nodes * region_channels, self.fishnet.size))
         else:
-            self.glore = GloRe(self.channels, self.train_size, self.num_nodes, region_channels, weights_over)
-        self.generator = generator
-        self.offset_lstm = make_recurrence(recurrence, region_channels)
+            self.glore = GloRe(self.channels, self.train_size, self.num_nodes, region_channels, self.weights_over)
+        if self.variant.in_time:
+            self.offset_lstm = make_recurrence(recurrence, region_channels)
         self.offset_pred = nn.Linear(region_channels, 4, bias=offset_bias)
         self.offset_alpha = nn.Parameter(torch.zeros(4))
-        self.norm_dict["offset_ln_feats_coords"] = ChannelAffineNorm((region_channels,), 2)
-        self.norm_dict["offset_ln_lstm"] = ChannelAffineNorm((region_channels,), 2)
-        self.kernel_projection1 = nn.Linear(self.train_size[0] * self.train_size[1], self.channels)
-        # as whole numbers, which .half() and .bfloat16() leave alone: a center in 16 bits is a fraction of a cell off
-        centers = initial_centers(self.grid, self.size, init).double() * (2 * self.num_nodes)
-        self.register_buffer("centers", centers.round().long(), persistent=False)
+        if self.variant.sees:
+            self.norm_dict["offset_ln_feats_coords"] = ChannelAffineNorm((region_channels,), 2)
+        if self.variant.in_time:
+            self.norm_dict["offset_ln_lstm"] = ChannelAffineNorm((region_channels,), 2)
 
     def initial_centers(self) -> Tensor:
         """(N, 2) = (x, y) in cells, float32: where the nodes start."""
         return self.centers.float() / (2 * self.num_nodes)
 
     def latent(self, features: Tensor) -> Tensor:
-        """One latent vector per node and frame, from the features (B, T, C, H, W): (B, T, N, D)."""
+        """One latent vector per node from the features (B, T, C, H, W): (B, T, N, D); T is 1 for "constant_time"."""
+        if not cast(Variant, self.variant).in_time:
+            features = features.sum(1, keepdim=True) / max(features.shape[1], 1)  # a mean, and 0 of no frames
         maps = features.flatten(0, 1)
         if self.train_size != self.size:
             maps = F.adaptive_avg_pool2d(maps, self.train_size)
@@ -128,24 +149,49 @@ class DynamicGraph(nn.Module):
         else:
             latent = self.glore(maps)
         latent = self.norm_dict["offset_ln_feats_coords"](latent).unflatten(0, features.shape[:2])
+        if not cast(Variant, self.variant).in_time:
+            return latent
         return self.norm_dict["offset_ln_lstm"](over_time(self.offset_lstm, latent))
 
-    def regions(self, features: Tensor) -> Tensor:
-        """Regions (B, T, N, 4) = (cx, cy, w, h) of the features (B, T, C, H, W), never below float32."""
-        latent = self.latent(features)
+    def raw_offsets(self, features: Tensor) -> Tensor:
+        """(log h, log w, dy, dx) of each node as predicted, float32 or wider: (B, T, N, 4), or what expands to it."""
+        variant = cast(Variant, self.variant)
+        wide = torch.promote_types(features.dtype, torch.float32)
+        if not variant.moves:
+            return torch.zeros(self.num_nodes, 4, dtype=wide, device=features.device)
+        latent = self.latent(features) if variant.sees else self.region_latent
         with full_precision(features.device.type):  # a lowered region moves its nodes by percents
             wide = torch.promote_types(latent.dtype, torch.float32)
             bias = self.offset_pred.bias
             offsets = F.linear(
                 latent.to(wide), self.offset_pred.weight.to(wide), None if bias is None else bias.to(wide)
             )
-            return regions_from_centers(
-                offsets * self.offset_alpha.to(wide),
-                self.initial_centers(),
-                grid=self.grid,
-                size=self.size,
-                rule=self.region_rule,
-            )
+            offsets = offsets * self.offset_alpha.to(wide)
+            return offsets if variant.grows else F.pad(offsets[..., 2:], (2, 0))
+
+    def regions(self, features: Tensor) -> Tensor:
+        """Regions (B, T, N, 4) = (cx, cy, w, h) of the features (B, T, C, H, W), never below float32.
+
+        For "semantic" the maps (B, T, N, H, W) that take their place.
+        """
+        if self.variant is None:
+            scores = self.semantic_conv(features.flatten(0, 1))
+            return node_weights(scores, self.weights_over).unflatten(0, features.shape[:2])
+        regions = regions_from_centers(
+            self.raw_offsets(features),
+            self.initial_centers(),
+            grid=self.grid,
+            size=self.size,
+            rule=self.region_rule,
+            size_ratio=self.size_ratio,
+        )
+        return regions.expand(*features.shape[:2], -1, -1)
+
+    def kernels(self, regions: Tensor) -> Tensor:
+        """What each node pools with, (B, T, N, H, W), from what `regions` gave."""
+        if self.variant is None:
+            return regions
+        return ops.region_kernel(regions, self.size, profile=self.profile, temperature=self.temperature)
 
     def position_map(self) -> Tensor:
         """The position embedding as a map (C, H, W): a linear map of a kernel is a pooling with that kernel.
@@ -162,24 +208,35 @@ class DynamicGraph(nn.Module):
                     weight = torch.tensordot(weight, average, dims=([1 + axis], [1])).movedim(-1, 1 + axis)
         return weight
 
-    def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
+    def project_in(self, x: Tensor) -> Tensor:
+        """The features that nodes are pooled from: x (B, T, C, H, W), projected where the layer projects."""
         shape = (None, None, self.in_channels, *self.size)
         form = f"(B, T, {', '.join(map(str, shape[2:]))}) for in_channels {self.in_channels} and size {self.size}"
-        layer_input("DyReG", "x", x, self.offset_alpha, shape, form)
-        features = x
-        if self.project:
-            maps = self.norm_dict["dynamic_graph_projection"](self.project_i3d_linear(x.flatten(0, 1)))
-            features = maps.unflatten(0, x.shape[:2])
+        layer_input("DyReG", "x", x, self.kernel_projection1.weight, shape, form)
+        if not self.project:
+            return x
+        return self.norm_dict["dynamic_graph_projection"](self.project_i3d_linear(x.flatten(0, 1))).unflatten(
+            0, x.shape[:2]
+        )
+
+    def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
+        features = self.project_in(x)
         regions = self.regions(features)
-        nodes = pool_placed(features, self.position_map(), regions, self.profile, self.temperature)
+        if self.variant is None:
+            nodes = regions.flatten(-2) @ (features + self.position_map()).flatten(-2).mT
+        else:
+            nodes = pool_placed(features, self.position_map(), regions, self.profile, self.temperature)
         return self.rstg(nodes + self.kernel_projection1.bias.to(nodes.dtype)), regions
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         nodes, regions = self.nodes(x)
         if self.project:  # on N nodes, not on H*W cells; the bias stays outside, for the kernels do not sum to one
             nodes = F.linear(nodes, self.project_back_i3d_linear.weight.flatten(1))
-        y = ops.region_remap(nodes, regions, self.size, profile=self.profile, temperature=self.temperature)
+        if self.variant is None:
+            y = (nodes.mT @ regions.flatten(-2)).unflatten(-1, self.size)
+        else:
+            y = ops.region_remap(nodes, regions, self.size, profile=self.profile, temperature=self.temperature)
         if self.project:
             y = y + cast(Tensor, self.project_back_i3d_linear.bias).to(y.dtype).view(-1, 1, 1)
         return y, regions
@@ -200,37 +257,65 @@ class DyReG(nn.Module):
         grid: (rows, columns) of nodes.
         node_channels: channels of a node; other than C, the map is projected by a 1x1 convolution and back.
         project: project even between equal channels; by default only between different ones.
+        regions: what decides them (section 4.1 and appendix B.2 of the paper):
+            "full"           places and sizes, from the input, in every frame
+            "position"       places, from the input, in every frame; sizes fixed. Same parameters as "full"
+            "constant_time"  places, from the clip's features averaged over time, without a recurrence; sizes fixed
+            "static"         places learned for all inputs and frames alike; sizes fixed
+            "grid"           nothing: places and sizes fixed
+            "semantic"       no regions: a 1x1 convolution of the features weighs every location for each node, and
+                             pooling and re-mapping use these maps; the paper leaves their normalisation open, here
+                             it is a softmax, see `weights_over`
+        size_ratio: lambda: regions start with half-extents (H, W) / lambda, and keep them where sizes are fixed
+            (appendix B.3; lambda = H is bilinear interpolation). By default what `region_rule` says, 6 in the paper.
         region_channels: size D of the latent vector that predicts a region.
         generator: "fc" (convolutions and a fully connected layer per node) or "pooled" (Lite: weighted pooling).
-        weights_over: "locations" or "nodes": what the weights of "pooled" are normalised over.
-        init: regions start in the "center" of the map or on a "grid".
+        weights_over: "locations" or "nodes": what the weights of "pooled" and "semantic" are normalised over.
+        init: regions start in the "center" of the map or on a "grid"; by default on a grid for regions="grid".
         region_rule: "paper" or "published", see `regions_from_offsets`.
         offset_bias: whether the last linear map to the offsets has a bias.
         recurrence: "gru" or "lstm", for the regions and the graph.
         profile, temperature: of the kernel, see `dt.ops.region_kernel`.
         train_size: the map's size at training time, for evaluating at another one: the generator's input and the
-            embedded kernels are averaged to it.
+            embedded kernels are averaged to it, so that parameters fit.
         iterations, combine, send_layers, update_layers, aggregation, order: of the graph, see `RSTG`.
+        connection: "residual", or "serial": norm(branch(x)) alone, whose scale starts at 1.
         return_regions: whether a call returns the regions too; a call may say otherwise.
 
     Shapes: x (B, T, C, H, W), any strides -> the same; with return_regions=True also regions (B, T, N, 4) =
-    (cx, cy, w, h) in cells, float32 or wider.
+    (cx, cy, w, h) in cells, float32 or wider; for "semantic" the maps (B, T, N, H, W) that take their place.
 
     Raises ValueError or TypeError for an argument outside those named, and for x of another shape.
     """
 
-    def __init__(self, in_channels: int, size: tuple[int, int], *, return_regions: bool = False, **options: Any):
+    def __init__(
+        self,
+        in_channels: int,
+        size: tuple[int, int],
+        *,
+        connection: str = "residual",
+        return_regions: bool = False,
+        **options: Any,
+    ):
         super().__init__()
-        self.return_regions = return_regions
+        self.connection = choice("DyReG", "connection", connection, CONNECTIONS)
+        self.return_regions = flag("DyReG", "return_regions", return_regions)
         self.dynamic_graph = DynamicGraph(in_channels, size, **options)
-        self.norm_dict = nn.ModuleDict({"residual_norm": ChannelAffineNorm((1, in_channels, 1, 1), 3, start=0.0)})
+        start = 0.0 if connection == "residual" else 1.0
+        self.norm_dict = nn.ModuleDict({"residual_norm": ChannelAffineNorm((1, in_channels, 1, 1), 3, start=start)})
 
     def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
         return self.dynamic_graph.nodes(x)
 
+    def kernels(self, x: Tensor) -> Tensor:
+        """What each node pools with, for a look at it: (B, T, N, H, W)."""
+        return self.dynamic_graph.kernels(self.dynamic_graph.regions(self.dynamic_graph.project_in(x)))
+
     def forward(self, x: Tensor, *, return_regions: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
         y, regions = self.dynamic_graph(x)
-        y = x + self.norm_dict["residual_norm"](y.flatten(0, 1)).unflatten(0, x.shape[:2])
+        y = self.norm_dict["residual_norm"](y.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if self.connection == "residual":
+            y = x + y
         wanted = self.return_regions if return_regions is None else return_regions
         return (y, regions) if wanted else y

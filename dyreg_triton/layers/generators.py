@@ -104,11 +104,20 @@ def sinusoidal_positions(channels: int, size: tuple[int, int]) -> Tensor:
     return torch.cat([rows, columns], dim=0)
 
 
+def node_weights(scores: Tensor, over: str) -> Tensor:
+    """Weights of every location for every node, from scores (BT, N, ...) of a 1x1 convolution.
+
+    Softmax over "locations" makes a node an average over the map (the paper); over "nodes" it gives each location's
+    features away in shares, and a node is a sum (the published code).
+    """
+    flat = scores.flatten(2)
+    return torch.softmax(flat, dim=1 if over == "nodes" else 2).to(scores.dtype).unflatten(2, scores.shape[2:])
+
+
 class GloRe(nn.Module):
     """g, small: weighted pooling of the map with sinusoidal positions; (BT, C, H, W) -> (BT, N, D).
 
-    `weights_over="locations"` normalises each node's weights over the map (an average, as in the paper); "nodes"
-    normalises each location's weights over the nodes and sums (the published code).
+    `weights_over`: see `node_weights`.
     """
 
     pos_emb_buf: Tensor
@@ -122,8 +131,7 @@ class GloRe(nn.Module):
         self.register_buffer("pos_emb_buf", sinusoidal_positions(in_channels, size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.mask_conv(x).flatten(2)
-        weights = torch.softmax(weights, dim=1 if self.weights_over == "nodes" else 2).to(x.dtype)
+        weights = node_weights(self.mask_conv(x), self.weights_over).flatten(2).to(x.dtype)
         positions = self.sin_pos_emb_proj(self.pos_emb_buf.to(x.dtype)[None])
         pooled = weights @ (x + positions.to(x.dtype)).flatten(2).mT
         return F.linear(pooled, self.update.weight.squeeze(-1), self.update.bias)

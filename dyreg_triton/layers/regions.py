@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validate import choice, pair, what
+from ..validate import choice, pair, positive_number, what
 
 INITS = ("center", "grid")
 RULES = ("published", "paper")
@@ -24,7 +24,13 @@ def initial_centers(grid: tuple[int, int], size: tuple[int, int], init: str) -> 
 
 
 def regions_from_centers(
-    offsets: Tensor, centers: Tensor, *, grid: tuple[int, int], size: tuple[int, int], rule: str = "published"
+    offsets: Tensor,
+    centers: Tensor,
+    *,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    rule: str = "published",
+    size_ratio: float | None = None,
 ) -> Tensor:
     """`regions_from_offsets` with the initial centers (N, 2) = (x, y) given."""
     offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
@@ -34,14 +40,23 @@ def regions_from_centers(
     start = torch.tensor([2 * grid[1], 2 * grid[0]], dtype=offsets.dtype, device=offsets.device)
     at_rest = torch.atanh((2 * centers.to(offsets.dtype) / extent - 1).clamp(-_EDGE, _EDGE))
     center = (torch.tanh(shift + at_rest) + 1) * (extent / 2)
-    if rule == "paper":
-        return torch.cat([center, log_size.exp() * (extent / 6)], dim=-1)
-    center = torch.minimum(center.clamp(min=0), extent - 1)
-    return torch.cat([center, log_size.exp() * (extent / start + 1) + 1], dim=-1)
+    if rule == "published":
+        center = torch.minimum(center.clamp(min=0), extent - 1)
+    if rule == "published" and size_ratio is None:
+        half = log_size.exp() * (extent / start + 1) + 1
+    else:
+        half = log_size.exp() * (extent / (6 if size_ratio is None else size_ratio))
+    return torch.cat([center, half], dim=-1)
 
 
 def regions_from_offsets(
-    offsets: Tensor, *, grid: tuple[int, int], size: tuple[int, int], init: str = "center", rule: str = "published"
+    offsets: Tensor,
+    *,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    init: str = "center",
+    rule: str = "published",
+    size_ratio: float | None = None,
 ) -> Tensor:
     """Map raw offsets to regions (cx, cy, w, h) in cells that stay on the map.
 
@@ -59,13 +74,14 @@ def regions_from_offsets(
         size: (H, W) of the map.
         init: "center" (all nodes in the middle of the map) or "grid" (each in the middle of its cell of the grid).
         rule: "published" or "paper".
+        size_ratio: lambda > 0: h = exp(o_h) H / lambda under either rule (the paper's appendix B.3).
 
     Returns:
         regions (*, N, 4) = (cx, cy, w, h), float32 or wider: a region in 16 bits is percents off.
 
     Raises:
         TypeError: offsets is no floating tensor.
-        ValueError: a wrong shape, grid, size, init or rule.
+        ValueError: a wrong shape, grid, size, init, rule or size_ratio.
     """
     op = "regions_from_offsets"
     if not isinstance(offsets, Tensor) or not offsets.is_floating_point():
@@ -74,9 +90,11 @@ def regions_from_offsets(
     grid, size = pair(op, "grid", grid, call), pair(op, "size", size, call)
     choice(op, "init", init, INITS, call)
     choice(op, "rule", rule, RULES, call)
+    if size_ratio is not None:
+        positive_number(op, "size_ratio", size_ratio, call)
     if offsets.dim() < 2 or offsets.shape[-1] != 4 or offsets.shape[-2] != grid[0] * grid[1]:
         raise ValueError(
             f"{op}: offsets has shape {tuple(offsets.shape)}; accepted is (*, {grid[0] * grid[1]}, 4) for grid {grid}"
         )
     centers = initial_centers(grid, size, init).to(offsets.device)
-    return regions_from_centers(offsets, centers, grid=grid, size=size, rule=rule)
+    return regions_from_centers(offsets, centers, grid=grid, size=size, rule=rule, size_ratio=size_ratio)
