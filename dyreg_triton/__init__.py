@@ -1,7 +1,20 @@
 """Fast, exact PyTorch layers for video understanding, with Triton kernels: `import dyreg_triton as dt`."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import compat, layers, ops, reference
 from .dispatch import backend
 
+if TYPE_CHECKING:
+    from . import testing
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "compat", "layers", "ops", "reference"]
+__all__ = ["__version__", "backend", "compat", "layers", "ops", "reference", "testing"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":  # at first use: who only computes need not wait for it
+        import importlib
+
+        return importlib.import_module(f"{__name__}.testing")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from support import (
     PROFILES,
     REGION_KINDS,
     REGION_OPS,
-    TOLERANCE,
     RegionCase,
     assert_all_close,
     assert_close,
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import dyreg_triton as dt
+from dyreg_triton.testing import check_call
 
 HALVES = (torch.float16, torch.bfloat16)
 on_backends = pytest.mark.parametrize("backend", backends())
@@ -51,50 +52,44 @@ def reference_results(case: RegionCase, inputs: dict[str, Tensor], grad_output: 
 
 
 def check(case: RegionCase, backend: str) -> None:
-    """Output and every gradient against the float64 reference, in poisoned memory."""
-    guarded = case.guarded()
-    inputs = {name: guarded[name].tensor for name in case.input_names()}
-    grad_output = guarded["grad_output"].tensor
-    expected = reference_results(case, inputs, grad_output)
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    with dt.backend(backend), poisoned_outputs():
-        actual = value_and_gradients(case.function(dt.ops), leaves, grad_output)
-    for name, buffer in guarded.items():
-        buffer.check(name)
-    assert actual["out"].is_contiguous()
-    assert actual["out"].dtype == case.out_dtype()
-    for name, t in inputs.items():
-        assert actual[f"grad_{name}"].dtype == t.dtype
-    # float16 and bfloat16 features leave wider regions a gradient as exact as they are themselves
-    loosest = max(TOLERANCE[t.dtype] for t in (actual["out"], *inputs.values()))
-    assert_all_close(actual, expected, tolerance=loosest, floors=case.floors(inputs, grad_output))
+    """Output and every gradient against the float64 reference, in poisoned memory; the second run gives the same."""
+    op = getattr(dt.ops, case.op)
+
+    def contiguous(*args: Tensor, **options: Any) -> Tensor:
+        out = op(*args, **options)
+        assert out.is_contiguous()
+        assert out.dtype == case.out_dtype()
+        return out
+
+    with dt.backend(backend):
+        check_call(contiguous, getattr(dt.reference, case.op), case.call(), repeat=not INTERPRETED, opcheck=False)
 
 
 # --- against the reference ------------------------------------------------------------------------------------------
 
 
 def hypothesis_test(op: str, dtypes: tuple[torch.dtype, ...], examples: int) -> Callable[..., None]:
-    """A test of `op` over random cases; the parameter `backend` comes from the caller's mark."""
+    """A test of `op` over random cases, 300 over all dtypes; the parameter `backend` comes from the caller's mark."""
 
     @settings(examples)
     @given(case=region_cases(op, dtypes=dtypes))
-    @example(RegionCase(op, (2, 1), 9, 17, (15, 17), kind="mixed", dtype=dtypes[0], regions_dtype=dtypes[0]))
+    @example(case=RegionCase(op, (2, 1), 9, 17, (15, 17), kind="mixed", dtype=dtypes[0], regions_dtype=dtypes[0]))
     def test(backend: str, case: RegionCase) -> None:
         check(case, backend)
 
     return test
 
 
-test_pool_float32 = on_backends(hypothesis_test("region_pool", (torch.float32,), 100))
-test_remap_float32 = on_backends(hypothesis_test("region_remap", (torch.float32,), 100))
-test_kernel_float32 = on_backends(hypothesis_test("region_kernel", (torch.float32,), 60))
-test_pool_halves = on_backends(hypothesis_test("region_pool", HALVES, 60))
-test_remap_halves = on_backends(hypothesis_test("region_remap", HALVES, 60))
-test_kernel_halves = on_backends(hypothesis_test("region_kernel", HALVES, 40))
+test_pool_float32 = on_backends(hypothesis_test("region_pool", (torch.float32,), 160))
+test_remap_float32 = on_backends(hypothesis_test("region_remap", (torch.float32,), 160))
+test_kernel_float32 = on_backends(hypothesis_test("region_kernel", (torch.float32,), 160))
+test_pool_halves = on_backends(hypothesis_test("region_pool", HALVES, 100))
+test_remap_halves = on_backends(hypothesis_test("region_remap", HALVES, 100))
+test_kernel_halves = on_backends(hypothesis_test("region_kernel", HALVES, 100))
 on_float64_backends = pytest.mark.parametrize("backend", backends(dtype=torch.float64))
 test_pool_float64 = on_float64_backends(hypothesis_test("region_pool", (torch.float64,), 40))
 test_remap_float64 = on_float64_backends(hypothesis_test("region_remap", (torch.float64,), 40))
-test_kernel_float64 = on_float64_backends(hypothesis_test("region_kernel", (torch.float64,), 20))
+test_kernel_float64 = on_float64_backends(hypothesis_test("region_kernel", (torch.float64,), 40))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes())

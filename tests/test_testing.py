@@ -1,16 +1,24 @@
-"""The comparators and poisoned buffers themselves: each planted error must be seen."""
+"""The testing kit itself: each planted error must be seen."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import subprocess
+import sys
+import textwrap
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import (
     LAYOUTS,
     PROFILES,
     REGION_KINDS,
     REGION_OPS,
+    TOLERANCE,
     Guarded,
     RegionCase,
     assert_all_close,
@@ -22,8 +30,10 @@ from support import (
     relative_error,
     value_and_gradients,
 )
+from torch import Tensor
 
 import dyreg_triton as dt
+from dyreg_triton.testing import check_op, checks, strategies
 
 
 def expected_matrix() -> torch.Tensor:
@@ -146,7 +156,8 @@ def test_guarded_holds_its_values(shape: tuple[int, ...], layout: str, dtype: to
 
 def test_guarded_layouts_differ() -> None:
     strides = {layout: Guarded(torch.randn(2, 3, 4, 5), layout).tensor.stride() for layout in LAYOUTS}
-    assert len(set(strides.values())) == len(LAYOUTS)
+    assert len(set(strides.values())) == len(LAYOUTS) - 1
+    assert strides["aligned"] == strides["contiguous"] == (60, 20, 5, 1)
     assert strides["expanded"][0] == 0
     assert strides["channels_last"][1] == 1
     assert strides["transposed"][-2:] == (1, 4)
@@ -267,3 +278,237 @@ def test_region_floor_is_below_any_gradient_worth_comparing() -> None:
         assert case.floors(values, grad_output)["grad_regions"] < got["grad_regions"].norm()
     single = RegionCase("region_kernel", (), 1, 1, (1, 1), regions_dtype=torch.float64)
     assert single.floors({"regions": torch.tensor([[0.1, 0.1, 0.2, 0.3]])}, torch.ones(1, 1, 1))["grad_regions"] > 0.1
+
+
+# --- calls and their strategies -------------------------------------------------------------------------------------
+
+
+def drawn(strategy: Any, count: int = 200) -> list[Any]:
+    """Examples of a strategy, the same in every run."""
+    found: list[Any] = []
+
+    @checks.settings(count)
+    @given(strategy)
+    def collect(value: Any) -> None:
+        found.append(value)
+
+    collect()
+    return found
+
+
+def test_calls_share_dimensions_and_vary_the_rest() -> None:
+    calls = drawn(
+        strategies.calls(
+            x=strategies.tensor("*", "C", "H", "W"),
+            regions=strategies.regions("*", "N", size=("H", "W")),
+            index=strategies.tensor("N", 3, dtypes=[torch.int64]),
+            size=strategies.size("H", "W"),
+            profile=strategies.profiles(),
+            steps=2,
+        )
+    )
+    leads, layouts, kinds, dtypes, widths = set(), set(), set(), set(), set()
+    for call in calls:
+        x, regions = call.tensors["x"], call.tensors["regions"]
+        *lead, channels, height, width = x.shape
+        assert regions.shape[:-2] == tuple(lead)
+        assert call.tensors["index"].shape == (regions.shape[-2], 3)
+        assert call.options["size"] == (height, width) == regions.size
+        assert call.options["steps"] == 2
+        assert regions.dtype in (x.dtype, torch.float32)
+        leads.add(tuple(lead))
+        layouts |= {x.layout, call.grad_layout}
+        kinds.add(regions.kind)
+        dtypes.add(x.dtype)
+        widths |= {width, channels}
+    assert layouts == set(LAYOUTS)
+    assert kinds == set(REGION_KINDS)
+    assert dtypes == {torch.float32, torch.bfloat16, torch.float16}
+    assert {(), (2,), (0,), (1, 2)} <= leads
+    assert {0, 1, 15, 16, 17} <= widths
+    inputs = calls[0].inputs("cpu")
+    assert inputs["index"].dtype == torch.int64
+    assert inputs["x"].tensor.shape == calls[0].tensors["x"].shape
+
+
+def test_dims_are_at_block_edges() -> None:
+    assert set(drawn(strategies.dims(block=32, blocks=2))) == {0, 1, 2, 3, 31, 32, 33, 63, 64, 65}
+    assert 0 not in drawn(strategies.dims(empty=False))
+
+
+@pytest.mark.parametrize("op", REGION_OPS)
+def test_region_calls_are_the_librarys_own(op: str) -> None:
+    for call in drawn(strategies.region_calls(op), 10):
+        inputs = {name: g.tensor for name, g in call.inputs("cpu").items()}
+        out = getattr(dt.reference, op)(**inputs, **call.options)
+        assert call.cotangent(out).tensor.shape == out.shape
+
+
+# --- check_op: every planted error is seen ---------------------------------------------------------------------------
+
+
+def good(x: Tensor, w: Tensor) -> Tensor:
+    return torch.einsum("...mk,m->...m", x.to(wide(x)), w.to(wide(x))).to(x.dtype)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+CALLS = strategies.calls(x=strategies.tensor("*", "M", "K"), w=strategies.tensor("M"))
+
+
+class Forgetful(torch.autograd.Function):
+    """Right values, and no gradient for w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        ctx.shape = x.shape
+        return good(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (w,) = ctx.saved_tensors
+        return (grad * w).unsqueeze(-1).expand(ctx.shape), None
+
+
+def writes_its_input(x: Tensor, w: Tensor) -> Tensor:
+    out = good(x, w)
+    if x.numel():
+        x.data.view(-1)[:1] += 1 if x.is_contiguous() else 0
+    return out
+
+
+def writes_outside(x: Tensor, w: Tensor) -> Tensor:
+    out = torch.empty_like(good(x, w), memory_format=torch.contiguous_format)
+    out.data.as_strided((out.numel() + 1,), (1,), out.storage_offset()).fill_(0)
+    return good(x, w)
+
+
+def reads_outside(x: Tensor, w: Tensor) -> Tensor:
+    beyond = x.detach().as_strided((1,), (1,), x.storage_offset() - 1)
+    return good(x, w) + 0 * beyond
+
+
+def leaves_unwritten(x: Tensor, w: Tensor) -> Tensor:
+    return good(x, w) + 0 * torch.empty(w.shape, dtype=x.dtype, device=x.device)
+
+
+def one_element(x: Tensor, w: Tensor) -> Tensor:
+    out = good(x, w)
+    bump = torch.zeros_like(out).view(-1)
+    bump[-1:] = 1
+    return out + bump.view(out.shape)
+
+
+_runs = itertools.count()
+WRONG = {
+    "values": (lambda x, w: good(x, w) * 1.02, "out has relative error 0.02"),
+    "beyond a block": (lambda x, w: good(x, w) * (1.1 if x.shape[-1] > 16 else 1), "out has relative error 0.1"),
+    "one dtype only": (lambda x, w: good(x, w) * (1.1 if x.dtype == torch.bfloat16 else 1), "relative error"),
+    "one layout only": (lambda x, w: good(x, w) * (1 if x.is_contiguous() else 1.1), "relative error"),
+    "a gradient": (lambda x, w: good(x, w.detach() + 0.5 * (w - w.detach())), "grad_w has relative error 0.5"),
+    "a sign of a gradient": (lambda x, w: good(2 * x.detach() - x, w), "grad_x has relative error 2"),
+    "no gradient": (lambda x, w: good(x, w.detach()), "grad_w is absent"),
+    "no gradient from a Function": (Forgetful.apply, "grad_w is absent"),
+    "no graph": (lambda x, w: good(x, w).detach(), "grad_x is absent; grad_w is absent"),
+    "NaN": (lambda x, w: good(x, w) / (x.detach().sum(-1) != 0), "not finite"),
+    "a shape": (lambda x, w: good(x, w).unsqueeze(0), "op returned shapes"),
+    "an output's dtype": (lambda x, w: good(x.float(), w.float()) * (1 + 2e-2), "relative error"),
+    "one element": (one_element, "relative error|of the largest expected value"),
+    "two outputs": (lambda x, w: (good(x, w), x), "op returned shapes"),
+    "its input": (writes_its_input, "memory of x"),
+    "outside of its output": (writes_outside, "outside of an output"),
+    "from outside of its input": (reads_outside, "not finite"),
+    "from unwritten memory": (leaves_unwritten, "not finite"),
+    "not the same twice": (lambda x, w: good(x, w) * (1 + 4e-6 * (next(_runs) % 2)), "of a second run"),
+}
+
+
+def test_check_op_passes_what_is_right() -> None:
+    check_op(good, good, CALLS, examples=300)
+    check_op(lambda x, w: (good(x, w), x + w[:, None]), lambda x, w: [good(x, w), x + w[:, None]], CALLS)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_check_op_sees(wrong: str) -> None:
+    op, words = WRONG[wrong]
+    with pytest.raises(AssertionError, match=words):
+        check_op(op, good, CALLS)
+
+
+def test_check_op_shows_the_smallest_call() -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_op(lambda x, w: good(x, w) * (1.1 if x.shape[-1] > 16 else 1), good, CALLS)
+    notes = "".join(getattr(caught.value, "__notes__", []))
+    assert "shape=(1, 17)" in notes
+    assert "dtype=torch.float32" in notes
+
+
+def test_one_wrong_element_among_many_is_seen() -> None:
+    for dtype in TOLERANCE:
+        expected = torch.randn(1000, 1000, dtype=torch.float64)
+        actual = expected.to(dtype, copy=True)
+        assert mismatch(actual, expected) is None
+        actual[3, 5] += 1
+        assert "(3, 5)" in mismatch(actual, expected, tolerance=1.0, element=4 * TOLERANCE[dtype])
+        if dtype in (torch.float16, torch.bfloat16):
+            assert relative_error(actual, expected) < TOLERANCE[dtype]  # the norm alone would not see it
+            assert mismatch(actual, expected) is not None
+
+
+@torch.library.custom_op("dyreg_triton_tests::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@torch.library.custom_op("dyreg_triton_tests::twice_transposed", mutates_args=())
+def twice_transposed(x: Tensor) -> Tensor:
+    return (2 * x).mT.contiguous().mT
+
+
+for _op in (twice, twice_transposed):
+    _op.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
+    _op.register_autograd(lambda ctx, grad: 2 * grad)
+
+
+def test_check_op_puts_custom_ops_through_opcheck() -> None:
+    """`twice_transposed` computes the right thing, but its fake promises other strides."""
+    calls = strategies.calls(
+        x=strategies.tensor("M", "K"),
+        dims=dict.fromkeys("MK", st.just(3)),
+    )
+    check_op(twice, lambda x: 2 * x, calls, examples=10)
+    check_op(twice_transposed, lambda x: 2 * x, calls, examples=10, opcheck=False)
+    with pytest.raises(AssertionError, match="twice_transposed"):
+        check_op(twice_transposed, lambda x: 2 * x, calls, examples=10)
+
+
+# --- dt.testing as users meet it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("op", REGION_OPS)
+def test_region_ops_pass_their_own_kit(op: str) -> None:
+    """The public entry, opcheck of forward and backward folded in."""
+    with dt.backend("triton"):
+        check_op(getattr(dt.ops, op), getattr(dt.reference, op), strategies.region_calls(op), examples=4)
+
+
+def test_kit_comes_without_hypothesis() -> None:
+    code = """
+        import sys
+        sys.modules["hypothesis"] = None
+        import torch, dyreg_triton as dt
+        dt.testing.assert_close(torch.ones(2), torch.ones(2))
+        dt.testing.Guarded(torch.ones(2)).check()
+        for use in (lambda: dt.testing.strategies, lambda: dt.testing.check_op(abs, abs, None)):
+            try:
+                use()
+            except ImportError as error:
+                assert "pip install 'dyreg-triton[test]'" in str(error), error
+            else:
+                raise SystemExit("no error")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)

@@ -1,0 +1,143 @@
+"""Comparisons that fail for the reasons that matter: wrong values anywhere, one wrong element, NaN, a lost gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..validate import what
+
+# relative L2 error that rounding in this dtype explains, with sums accumulated in float32
+TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def relative_error(actual: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
+    """||actual - expected|| / max(||expected||, floor), in float64; 0 / 0 is 0."""
+    actual, expected = _double(actual), _double(expected)
+    difference = (actual - expected).norm().item()
+    return difference and difference / max(expected.norm().item(), floor, 1e-300)
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.detach().double().cpu()
+
+
+def mismatch(
+    actual: Tensor | None,
+    expected: Tensor | None,
+    *,
+    tolerance: float | None = None,
+    element: float | None = None,
+    floor: float = 0.0,
+) -> str | None:
+    """What is wrong with `actual`, in words, or None where it is as close to `expected` as it should be.
+
+    Args:
+        actual, expected: tensors of one shape; None stands for a gradient that is absent.
+        tolerance: bound of the relative L2 error; by default `TOLERANCE` of the dtype of `actual`.
+        element: bound of the largest single error, relative to the largest expected value; by default four times the
+            tolerance. It sees one wrong element among millions, which a norm does not.
+        floor: the norm below which `expected` is the difference of larger terms; there errors are relative to it.
+
+    Raises:
+        TypeError: an argument that is neither a tensor nor None, or a dtype without a tolerance.
+        ValueError: a negative bound.
+    """
+    for name, t in (("actual", actual), ("expected", expected)):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"assert_close: {name} is {what(t)}; accepted is a torch.Tensor or None")
+    if actual is None or expected is None:
+        return None if actual is expected else f"is {'absent' if actual is None else 'present'}"
+    if tolerance is None:
+        if actual.dtype not in TOLERANCE:
+            accepted = ", ".join(str(t)[6:] for t in TOLERANCE)
+            raise TypeError(
+                f"assert_close: actual is {what(actual)}; accepted without a tolerance are {accepted}; "
+                f"expected is {what(expected)}"
+            )
+        tolerance = TOLERANCE[actual.dtype]
+    element = 4 * tolerance if element is None else element
+    for name, bound in (("tolerance", tolerance), ("element", element), ("floor", floor)):
+        if not isinstance(bound, (int, float)) or not bound >= 0:
+            raise ValueError(f"assert_close: {name} is {bound!r}; accepted is a number >= 0")
+
+    if actual.shape != expected.shape:
+        return f"has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not expected.isfinite().all():
+        return "cannot be compared: the expected values are not finite"
+    if not actual.isfinite().all():
+        return f"has {(~actual.isfinite()).sum().item()} of {actual.numel()} values not finite"
+    error = relative_error(actual, expected, floor=floor)
+    if error > tolerance:
+        if not actual.any():
+            return f"is all zero where the expected norm is {_double(expected).norm().item():.3g}"
+        return f"has relative error {error:.3g} > {tolerance:.3g}"
+    if actual.numel():
+        difference = (_double(actual) - _double(expected)).abs()
+        largest = max(_double(expected).abs().max().item(), floor / actual.numel() ** 0.5)
+        if difference.max().item() > element * largest:
+            at = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
+            return (
+                f"is {actual[at].item():.6g} at {at}, expected {expected[at].item():.6g}: off by "
+                f"{difference.max().item() / largest:.3g} > {element:.3g} of the largest expected value"
+            )
+    return None
+
+
+def assert_close(actual: Tensor | None, expected: Tensor | None, name: str = "result", **options: Any) -> None:
+    """Fail (AssertionError) unless `actual` is within the bounds of `expected`; options and errors as `mismatch`."""
+    problem = mismatch(actual, expected, **options)
+    assert problem is None, f"{name} {problem}"
+
+
+def assert_all_close(
+    actual: Mapping[str, Tensor | None],
+    expected: Mapping[str, Tensor | None],
+    *,
+    tolerance: float | None = None,
+    element: float | None = None,
+    floors: Mapping[str, float] | None = None,
+) -> None:
+    """`assert_close` of every entry; the failure lists every entry that is wrong."""
+    assert actual.keys() == expected.keys(), f"entries differ: {sorted(actual.keys() ^ expected.keys())}"
+    floors = floors or {}
+    problems = {
+        name: mismatch(actual[name], expected[name], tolerance=tolerance, element=element, floor=floors.get(name, 0.0))
+        for name in expected
+    }
+    wrong = [f"{name} {problem}" for name, problem in problems.items() if problem]
+    assert not wrong, "; ".join(wrong)
+
+
+def assert_identical(actual: Tensor, expected: Tensor, name: str = "result") -> None:
+    """Fail unless both hold the same bits (so NaN equals NaN) in the same shape and dtype."""
+    for argument, t in (("actual", actual), ("expected", expected)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"assert_identical: {argument} is {what(t)}; accepted is a torch.Tensor")
+    assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"{name} is {actual.dtype}, expected {expected.dtype}"
+    if actual.dtype == torch.bool or actual.is_complex():
+        different = actual.detach() != expected.detach()
+    else:
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+        different = actual.detach().contiguous().view(bits) != expected.detach().contiguous().view(bits)
+    assert not different.any(), f"{name}: {different.sum().item()} of {actual.numel()} values differ"
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], inputs: Mapping[str, Tensor], grad_output: Tensor | None = None
+) -> dict[str, Tensor | None]:
+    """{"out": function(**inputs), "grad_<input>": the gradient of each} for the cotangent `grad_output`.
+
+    Inputs that do not require a gradient have none in the result. An output that has no graph gives gradients None.
+    """
+    out = function(**inputs)
+    wanted = {name: t for name, t in inputs.items() if t.requires_grad}
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if out.requires_grad:
+        cotangent = torch.ones_like(out) if grad_output is None else grad_output
+        grads = torch.autograd.grad(out, list(wanted.values()), cotangent, allow_unused=True)
+    return {"out": out.detach(), **{f"grad_{name}": grad for name, grad in zip(wanted, grads, strict=True)}}

@@ -1,0 +1,107 @@
+"""Poisoned memory: NaN around and between a tensor's elements, so that reading or writing outside of it shows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ..validate import choice, what
+from .comparators import assert_identical
+
+LAYOUTS = ("contiguous", "aligned", "transposed", "channels_last", "reversed", "sliced", "expanded")
+
+
+class Guarded:
+    """Values laid out in a larger buffer in which every other element is NaN.
+
+    Reading outside the tensor gives NaN in the result; writing to the buffer at all makes `check` fail.
+
+    Args:
+        values: what the tensor holds, of a floating dtype; "expanded" repeats its first entry along the first
+            dimension.
+        layout: one of LAYOUTS. Data start at an odd element, but for "aligned", which is contiguous at a multiple
+            of 128. "transposed" swaps the last two dimensions in memory, "channels_last" has the third from the end
+            innermost, "reversed" the first; "sliced" leaves gaps everywhere; "expanded" has stride 0.
+
+    `tensor` is the tensor, `buffer` the memory around it.
+    """
+
+    MARGIN = 67  # at least, on either side; odd, so that the data are not aligned to more than one element
+
+    def __init__(self, values: Tensor, layout: str = "contiguous"):
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            raise TypeError(f"Guarded: values is {what(values)}; accepted is a floating tensor, for the poison is NaN")
+        choice("Guarded", "layout", layout, LAYOUTS, {"values": values})
+        values = values.detach()
+        rank = values.dim()
+        order = list(range(rank))  # outermost first
+        if layout == "transposed" and rank >= 2:
+            order[-2:] = order[:-3:-1]
+        elif layout == "channels_last" and rank >= 3:
+            order[-3:] = [rank - 2, rank - 1, rank - 3]
+        elif layout == "reversed":
+            order.reverse()
+        strides, step = [0] * rank, 2 if layout == "sliced" else 1
+        for axis in reversed(order):
+            if layout == "expanded" and axis == 0:
+                continue
+            strides[axis] = step
+            step = step * max(values.shape[axis], 1) + (3 if layout == "sliced" else 0)
+        if layout == "expanded" and rank and values.shape[0]:
+            values = values[:1].expand_as(values)
+        start = 128 if layout == "aligned" else self.MARGIN
+        self.buffer = values.new_full((start + step + self.MARGIN,), math.nan)
+        self.tensor = self.buffer.as_strided(values.shape, strides, start)
+        if layout == "expanded" and rank and values.shape[0]:
+            self.tensor[0] = values[0]
+        else:
+            self.tensor.copy_(values)
+        self._before = self.buffer.clone()
+
+    def check(self, name: str = "input") -> None:
+        """Fail if anything was written to the buffer."""
+        assert_identical(self.buffer, self._before, f"memory of {name}")
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Inside, uninitialised floating tensors made from Python hold NaN and lie between NaN.
+
+    What is never written shows in the result; writing outside of one fails at the end.
+    """
+    margin = 64  # whole cache lines, so that the tensors are aligned as they are elsewhere
+    buffers: list[tuple[Tensor, int]] = []
+
+    def poisoned(make: Callable[..., Tensor], plain_empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            t = make(*args, **kwargs)
+            if not t.is_floating_point() or t.device.type == "meta":
+                return t
+            span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+            with torch.no_grad():
+                buffer = plain_empty(span + 2 * margin, dtype=t.dtype, device=t.device).fill_(math.nan)
+                buffers.append((buffer, span))
+                return buffer.as_strided(t.shape, t.stride(), margin).requires_grad_(t.requires_grad)
+
+        return made
+
+    plain_empty = torch.empty
+    with contextlib.ExitStack() as stack:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (Tensor, "new_empty"),
+            (Tensor, "new_empty_strided"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name), plain_empty)))
+        yield
+    for buffer, span in buffers:
+        outside = torch.cat([buffer[:margin], buffer[margin + span :]])
+        assert outside.isnan().all(), "memory outside of an output was written"

@@ -1,0 +1,252 @@
+"""Hypothesis strategies for calls of tensor ops: shapes at block edges, layouts, dtypes, degenerate regions, seeds.
+
+What is drawn is a `Call`: a few small numbers that print in one line and shrink fast. Tensor elements follow from a
+seed and are never drawn.
+
+    calls = strategies.calls(
+        x=strategies.tensor("*", "C", "H", "W"),
+        regions=strategies.regions("*", "N", size=("H", "W")),
+        profile=strategies.profiles(),
+    )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from ..validate import PROFILES, is_integer
+from .calls import Call, Floors, TensorSpec
+from .memory import LAYOUTS
+from .regions import REGION_KINDS, REGION_OPS, RegionCase, RegionSpec
+
+__all__ = ["calls", "dims", "dtypes", "layouts", "leads", "profiles", "region_calls", "regions", "size", "tensor"]
+
+Dim = str | int
+
+
+def _few() -> bool:
+    """Whether kernels are interpreted: a program takes milliseconds there, so sizes are kept small."""
+    from ..dispatch import can_run
+
+    return can_run("triton", device="cpu", dtype=torch.float32)
+
+
+def dims(*, block: int = 16, blocks: int = 4, empty: bool = True) -> SearchStrategy[int]:
+    """Sizes of a dimension where tiled code goes wrong: 1, 2, and each power of two from `block` on, and its
+    neighbours, up to `block` * `blocks`; 0 too with `empty`."""
+    for name, value in (("block", block), ("blocks", blocks)):
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"strategies.dims: {name} is {value!r}; accepted is an integer > 0")
+    sizes = {1, 2, 3}
+    edge = block
+    while edge <= block * blocks:
+        sizes |= {edge - 1, edge, edge + 1}
+        edge *= 2
+    return st.sampled_from(sorted(sizes - {0}) + [0] * empty)
+
+
+def leads() -> SearchStrategy[tuple[int, ...]]:
+    """Leading dimensions `*`: none, one, several, empty."""
+    few: list[tuple[int, ...]] = [(), (1,), (2,), (1, 2), (2, 1, 1), (0,)]
+    return st.sampled_from(few if _few() else [*few, (3,), (2, 2), (2, 1, 3), (2, 0, 1)])
+
+
+def layouts() -> SearchStrategy[str]:
+    """Layouts of `Guarded`: contiguous, aligned, transposed, channels_last, reversed, sliced, expanded."""
+    return st.sampled_from(LAYOUTS)
+
+
+def dtypes(*accepted: torch.dtype) -> SearchStrategy[torch.dtype]:
+    """One of the dtypes given; by default float32, bfloat16 and float16."""
+    return st.sampled_from(accepted or (torch.float32, torch.bfloat16, torch.float16))
+
+
+def profiles() -> SearchStrategy[str]:
+    """A region's profile: linear, gaussian, log-linear."""
+    return st.sampled_from(PROFILES)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    shape: tuple[Dim, ...]
+    dtypes: tuple[torch.dtype, ...] | None
+
+
+@dataclass(frozen=True)
+class _Regions(_Tensor):
+    size: tuple[Dim, Dim]
+
+
+@dataclass(frozen=True)
+class _Size:
+    shape: tuple[Dim, ...]
+
+
+def _dims_named(op: str, shape: Sequence[Any]) -> tuple[Dim, ...]:
+    for i, dim in enumerate(shape):
+        named = isinstance(dim, str) and (dim.isidentifier() or (dim == "*" and i == 0))
+        if not named and not (is_integer(dim) and dim >= 0):
+            raise ValueError(
+                f"strategies.{op}: dimension {i} is {dim!r}; accepted are a name, an integer >= 0, and '*' in front"
+            )
+    return tuple(shape)
+
+
+def tensor(*shape: Dim, dtypes: Sequence[torch.dtype] | None = None) -> Any:
+    """A tensor argument for `calls`: dimensions by name (drawn once per call) or number, "*" for leading ones.
+
+    dtypes: those it may have, where it need not have the call's.
+    """
+    return _Tensor(_dims_named("tensor", shape), None if dtypes is None else tuple(dtypes))
+
+
+def regions(*shape: Dim, size: tuple[Dim, Dim], dtypes: Sequence[torch.dtype] | None = None) -> Any:
+    """Regions (*shape, 4) = (cx, cy, w, h) on a map of `size` = ("H", "W"), for `calls`: inside, outside, empty,
+    tiny, covering, and mixed, off the kinks of their profile. By default of the call's dtype or float32."""
+    height, width = _dims_named("regions", size)
+    return _Regions(_dims_named("regions", shape), None if dtypes is None else tuple(dtypes), (height, width))
+
+
+def size(*names: Dim) -> Any:
+    """A tuple of dimensions as a plain argument for `calls`, as in size=strategies.size("H", "W")."""
+    return _Size(_dims_named("size", names))
+
+
+@st.composite
+def _calls(
+    draw: st.DrawFn,
+    arguments: Mapping[str, Any],
+    named: Mapping[str, SearchStrategy[int]],
+    accepted: tuple[torch.dtype, ...],
+    floors: Floors | None,
+) -> Call:
+    default = dims(blocks=1) if _few() else dims()
+    drawn: dict[str, int] = {}
+    lead: tuple[int, ...] = ()
+    shapes = [a.shape for a in arguments.values() if isinstance(a, (_Tensor, _Size))]
+    if any("*" in shape for shape in shapes):
+        lead = draw(leads())
+
+    def resolved(shape: Sequence[Dim]) -> tuple[int, ...]:
+        sizes: list[int] = []
+        for dim in shape:
+            if dim == "*":
+                sizes += lead
+            elif isinstance(dim, str):
+                if dim not in drawn:
+                    drawn[dim] = draw(named.get(dim, default))
+                sizes.append(drawn[dim])
+            else:
+                sizes.append(dim)
+        return tuple(sizes)
+
+    dtype = draw(st.sampled_from(accepted))
+    seed = draw(st.integers(0, 2**16))
+    tensors: dict[str, TensorSpec] = {}
+    options: dict[str, Any] = {}
+    for i, (name, argument) in enumerate(arguments.items()):
+        if isinstance(argument, _Size):
+            options[name] = resolved(argument.shape)
+        elif isinstance(argument, _Regions):
+            own = argument.dtypes or ((dtype,) if dtype == torch.float64 else (dtype, torch.float32))
+            height, width = resolved(argument.size)
+            tensors[name] = RegionSpec(
+                (*resolved(argument.shape), 4),
+                draw(st.sampled_from(own)),
+                draw(layouts()),
+                seed + i,
+                (height, width),
+                draw(st.sampled_from(REGION_KINDS)),
+            )
+        elif isinstance(argument, _Tensor):
+            own = argument.dtypes or (dtype,)
+            tensors[name] = TensorSpec(resolved(argument.shape), draw(st.sampled_from(own)), draw(layouts()), seed + i)
+        elif isinstance(argument, SearchStrategy):
+            options[name] = draw(argument)
+        else:
+            options[name] = argument
+    return Call(tensors, options, draw(layouts()), seed, floors)
+
+
+def calls(
+    *,
+    dims: Mapping[str, SearchStrategy[int]] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
+    floors: Floors | None = None,
+    **arguments: Any,
+) -> SearchStrategy[Call]:
+    """Calls of an op with these arguments.
+
+    Args:
+        dims: strategies for the sizes of named dimensions; by default `strategies.dims()`.
+        dtypes: the dtypes a call may have.
+        floors: see `Call`.
+        arguments: by the op's names, in its order: `tensor(...)` or `regions(...)` for a tensor, `size(...)` for a
+            tuple of dimensions, a Hypothesis strategy for anything drawn, or the value itself.
+
+    Raises:
+        ValueError: no argument is a tensor, or `dims` names a dimension that no argument has.
+        TypeError: `dims` holds something other than strategies.
+    """
+    if not any(isinstance(a, _Tensor) for a in arguments.values()):
+        raise ValueError(
+            f"strategies.calls: arguments are {sorted(arguments)}; accepted are some with at least one "
+            "strategies.tensor(...) or strategies.regions(...)"
+        )
+    used: set[Dim] = set()
+    for a in arguments.values():
+        used |= set(a.shape) if isinstance(a, (_Tensor, _Size)) else set()
+        used |= set(a.size) if isinstance(a, _Regions) else set()
+    for name, strategy in (dims or {}).items():
+        if not isinstance(strategy, SearchStrategy):
+            raise TypeError(f"strategies.calls: dims[{name!r}] is {strategy!r}; accepted is a Hypothesis strategy")
+        if name not in used:
+            raise ValueError(f"strategies.calls: dims names {name!r}; accepted are the arguments' dimensions, {used}")
+    return _calls(arguments, dims or {}, tuple(dtypes), floors)
+
+
+@st.composite
+def region_cases(draw: st.DrawFn, op: str, *, dtypes: Sequence[torch.dtype]) -> RegionCase:
+    """Cases of one region op: sizes at the edges of blocks, degenerate regions, every layout and profile."""
+    small = _few()
+    side = st.sampled_from((1, 2, 5, 15, 16, 17, 20) if small else (1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65))
+    dtype = draw(st.sampled_from(list(dtypes)))
+    wide = [dtype, torch.float32] if op != "region_kernel" and dtype != torch.float32 else [dtype]
+    height, width = draw(side), draw(side)
+    channels = st.sampled_from((1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 70, 0))
+    if op == "region_pool" and draw(st.integers(0, 15)) == 15:
+        height = 0
+    return RegionCase(
+        op=op,
+        lead=draw(leads()),
+        nodes=draw(st.sampled_from((1, 2, 9, 0, 12) if small else (1, 2, 9, 15, 16, 17, 33, 64, 65, 0))),
+        channels=1 if op == "region_kernel" else draw(channels),
+        size=(height, width),
+        profile=draw(profiles()),
+        temperature=draw(st.sampled_from((1.0, 0.3, 4.0))),
+        kind=draw(st.sampled_from(REGION_KINDS)),
+        dtype=dtype,
+        regions_dtype=draw(st.sampled_from(wide)),
+        layout=draw(layouts()),
+        regions_layout=draw(layouts()),
+        grad_layout=draw(layouts()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def region_calls(
+    op: str, *, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
+) -> SearchStrategy[Call]:
+    """Calls of "region_pool", "region_remap" or "region_kernel" as this library is tested with; for your variant.
+
+    Raises ValueError for another op.
+    """
+    if op not in REGION_OPS:
+        raise ValueError(f"strategies.region_calls: op is {op!r}; accepted are {', '.join(map(repr, REGION_OPS))}")
+    return region_cases(op, dtypes=tuple(dtypes)).map(RegionCase.call)
