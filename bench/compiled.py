@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -160,27 +164,168 @@ def region_calls(
     ops._dense_moments(k, regions, profile, 1.0)
 
 
-def main(everything: bool = False) -> int:
-    """Print one line per compiled kernel; 1 if any spills or exceeds its target's shared memory."""
-    profiles = ("linear", "gaussian", "log-linear") if everything else ("linear",)
-    dtypes = (torch.bfloat16, torch.float32, torch.float16) if everything else (torch.bfloat16, torch.float32)
-    bad = 0
-    print("target   dtype     profile     size     kernel                  regs spills shared  mma  load store")
-    for target, dtype, profile, size in itertools.product(TARGETS, dtypes, profiles, ((14, 14), (56, 56))):
+# What a launch config depends on: sizes on both sides of every choice that `tuning.region` makes.
+FRAMES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+NODES = (1, 9, 16, 17, 32, 33, 64, 65)
+CHANNELS = (1, 16, 17, 32, 33, 64, 256, 512, 2048)
+SIZES = ((1, 1), (4, 4), (5, 5), (7, 7), (8, 8), (9, 9), (14, 14), (13, 17), (16, 16), (28, 28), (56, 56))
+KINDS = ("gather", "scatter", "gather_moments", "scatter_moments", "dense", "dense_moments")
+DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 with torch's matmul precision at "high"
+LAYOUTS = ("contiguous", "channels_last", "sliced")
+
+
+class Case(NamedTuple):
+    """One launch: what it does and on what."""
+
+    kind: str
+    frames: int
+    nodes: int
+    channels: int
+    size: tuple[int, int]
+    dtype: str = "bfloat16"
+    profile: str = "linear"
+    layout: str = "contiguous"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+
+    def config(self) -> Any:
+        from dyreg_triton import tuning
+
+        channels = {"dense": 1, "dense_moments": 16}.get(self.kind, self.channels)
+        cells = self.size[0] * self.size[1]
+        return tuning.region(self.kind, self.frames, self.nodes, channels, cells, self.torch_dtype.itemsize)
+
+    def wide(self) -> int:
+        """Bytes that an access of the map can have: what divides its rows of memory, and what a thread has of a tile.
+
+        A contiguous map whose cells fit one tile is one run, so only the frame has to divide.
+        """
+        config, itemsize = self.config(), self.torch_dtype.itemsize
+        height, width = self.size
+        run = {"contiguous": height * width, "channels_last": self.channels, "sliced": 1}[self.layout]
+        if self.layout == "contiguous" and (run <= config.block_p or self.channels == 1):
+            run *= self.channels
+        tile = config.block_c * config.block_p * itemsize // (32 * config.num_warps)
+        return min(math.gcd(16, run * itemsize), max(itemsize, tile))
+
+    def launch(self) -> None:
+        """Through the op's own host code, on meta tensors."""
+        from dyreg_triton.ops import region as ops
+
+        def a_map() -> torch.Tensor:
+            shape = (self.frames, self.channels, *self.size)
+            if self.layout == "sliced":
+                shape = (self.frames, self.channels, self.size[0] * 2, self.size[1] * 2)
+            t = torch.empty(shape, dtype=self.torch_dtype, device="meta")
+            if self.layout == "channels_last":
+                return t.to(memory_format=torch.channels_last)
+            return t[..., ::2, ::2] if self.layout == "sliced" else t
+
+        nodes = torch.empty(self.frames, self.nodes, self.channels, dtype=self.torch_dtype, device="meta")
+        regions = torch.empty(self.frames, self.nodes, 4, device="meta")
+        dense = torch.empty(self.frames, self.nodes, *self.size, dtype=self.torch_dtype, device="meta")
+        if self.kind == "gather":
+            ops._gather(a_map(), None, regions, self.profile, 1.0, nodes=True)
+        elif self.kind == "scatter":
+            ops._scatter(a_map(), nodes, None, regions, self.profile, 1.0)
+        elif self.kind == "gather_moments":
+            ops._gather(a_map(), nodes, regions, self.profile, 1.0, nodes=True)
+            ops._gather(a_map(), nodes, regions, self.profile, 1.0, nodes=False)
+        elif self.kind == "scatter_moments":
+            ops._scatter(a_map(), nodes, a_map(), regions, self.profile, 1.0)
+        elif self.kind == "dense":
+            ops._dense(dense, regions, self.profile, 1.0)
+        else:
+            ops._dense_moments(dense, regions, self.profile, 1.0)
+
+
+def region_cases(everything: bool) -> list[Case]:
+    """One case for every config that the heuristic can choose, per dtype and profile; layouts on two common sizes.
+
+    Without `everything`: 14 x 14 and 56 x 56 in two dtypes.
+    """
+    if not everything:
+        return [
+            Case(kind, 160, 9, 512, size, dtype)
+            for size, dtype, kind in itertools.product(((14, 14), (56, 56)), ("bfloat16", "float32"), KINDS)
+        ]
+    cases: dict[Any, Case] = {}
+    sizes = itertools.product(NODES, FRAMES, CHANNELS, SIZES)
+    for (n, frames, c, size), kind, dtype in itertools.product(sizes, KINDS, DTYPES):
+        if kind != "scatter_moments" or n <= 32:
+            case = Case(kind, frames, n, c, size, dtype)
+            # an aligned number of channels is the common one; and maps of one run are another program
+            key = (kind, dtype, case.config(), case.layout, size[0] * size[1] <= case.config().block_p)
+            if key not in cases or (c % 16 == 0 and cases[key].channels % 16):
+                cases[key] = case
+    found = [case._replace(profile=p) for case in cases.values() for p in ("linear", "gaussian", "log-linear")]
+    for layout, size, dtype, kind in itertools.product(LAYOUTS[1:], ((7, 7), (14, 14)), DTYPES, KINDS[:4]):
+        found.append(Case(kind, 160, 9, 512, size, dtype, layout=layout))
+    return found
+
+
+def compile_case(target: str, case: Case) -> list[Code]:
+    """Compile one case, under the matmul precision that its dtype names."""
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    try:
         with compiling(target) as codes:
-            region_calls(dtype, profile, size)
-        for c in codes:
-            wrong = c.spills > 0 or c.shared > SHARED_LIMIT[target]
-            bad += wrong
-            print(
-                f"{target:8} {str(dtype)[6:]:9} {profile:11} {size[0]}x{size[1]:<5} {c.kernel:23} {c.registers:4} "
-                f"{c.spills:6} {c.shared:6} {c.tensor_core:4} {c.load_bytes:5} {c.store_bytes:5}"
-                f"{'  <- does not fit' if wrong else ''}"
-            )
+            case.launch()
+    finally:
+        torch.set_float32_matmul_precision(former)
+    return codes
+
+
+def problems(case: Case, code: Code) -> list[str]:
+    """What is wrong with a kernel, in words: spills, too much shared memory, narrow access."""
+    found = []
+    if code.spills:
+        found.append("spills")
+    if code.shared > SHARED_LIMIT[code.target]:
+        found.append("too much shared memory")
+    wide = case.wide() if code.target.startswith("sm") else min(case.wide(), 8) // 2  # a wavefront has 64 threads
+    if case.kind in ("gather", "gather_moments", "scatter_moments") and code.load_bytes < wide:
+        found.append(f"loads {code.load_bytes} of {wide} bytes")
+    if case.kind in ("scatter", "scatter_moments") and code.store_bytes < wide:
+        found.append(f"stores {code.store_bytes} of {wide} bytes")
+    return found
+
+
+def _row(case: Case, code: Code) -> str:
+    config = case.config()
+    return (
+        f"{code.target:7} {case.dtype:8} {case.profile:10} {case.layout:13} {case.size[0]:2}x{case.size[1]:<2} "
+        f"{case.nodes:3} {case.channels:5} {config.block_n:3} {config.block_c:3} {config.block_p:4} "
+        f"{config.num_warps:2} {case.kind:15} {code.registers:4} {code.spills:5} {code.shared:6} "
+        f"{code.tensor_core:4} {code.load_bytes:4} {code.store_bytes:5}"
+    )
+
+
+HEADER = (
+    "target  dtype    profile    layout        size    N     C  bN  bC   bP  w kind            regs spill shared  mma "
+    "load store"
+)
+
+
+def _rows(task: tuple[str, Case]) -> list[tuple[str, list[str]]]:
+    target, case = task
+    return [(_row(case, code), problems(case, code)) for code in compile_case(target, case)]
+
+
+def main(everything: bool = False, jobs: int = 0) -> int:
+    """Print one line per compiled kernel; 1 if any spills, exceeds its target's shared memory, or accesses narrowly.
+
+    `everything` takes tens of minutes, on `jobs` processes (by default one per core).
+    """
+    tasks = list(itertools.product(TARGETS, region_cases(everything)))
+    print(HEADER, flush=True)
+    total = bad = 0
+    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(_rows, tasks, chunksize=8) if everything else map(_rows, tasks):
+            for row, wrong in rows:
+                total, bad = total + 1, bad + bool(wrong)
+                print(f"{row}{'  <- ' + ', '.join(wrong) if wrong else ''}", flush=True)
+    print(f"{total} kernels, {bad} that do not fit")
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main("--all" in sys.argv))

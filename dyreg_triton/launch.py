@@ -17,12 +17,21 @@ class MapLayout(NamedTuple):
     Strides of the leading dimensions, of C, H and W, all but the one that is 1 divided by `align`, their common
     divisor up to 16 bytes: the compiler learns it and keeps wide loads where H*W is no multiple of 16.
     `flat`: cell p is at p times the W stride. `channels_last`: C has stride 1 and W has not.
+    `gapless`: channels follow each other as their cells do, so that only the leading strides are used.
     """
 
     strides: tuple[int, ...]
     flat: bool
     align: int
     channels_last: bool
+    gapless: bool
+
+    def constants(self, prefix: str = "") -> dict[str, Any]:
+        """The compile-time side of the layout."""
+        return {
+            prefix + "FLAT": self.flat, prefix + "ALIGN": self.align, prefix + "CHANNELS_LAST": self.channels_last,
+            prefix + "GAPLESS": self.gapless,
+        }  # fmt: skip
 
 
 def leading(*maps: Tensor) -> tuple[int, int, list[tuple[int, int, int]]]:
@@ -54,13 +63,16 @@ def map_layout(t: Tensor, lead: tuple[int, int, int]) -> MapLayout:
         s_c = 0
     channels_last = s_c == 1 and s_w != 1
     flat = s_h == s_w * width
+    gapless = flat and s_w == 1 and (s_c == height * width or channels == 1)
     if flat:  # not used, so it may not spoil the divisor
         s_h = 0
+    if gapless:
+        s_c = 0
     others = (*lead, s_h, s_w) if channels_last else (*lead, s_c, s_h)
     align = math.gcd(16 // t.element_size(), *others) if channels_last or s_w == 1 else 1
     strides = [s // align for s in (*lead, s_c, s_h, s_w)]
     strides[3 if channels_last else 5] = s_c if channels_last else s_w
-    return MapLayout(tuple(strides), flat, align, channels_last)
+    return MapLayout(tuple(strides), flat, align, channels_last, gapless)
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:

@@ -40,22 +40,76 @@ def load_regions(regions, first, N: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl
 
 
 @triton.jit
-def map_offsets(c, p, C_STRIDE, H_STRIDE, W_STRIDE, W: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
-                CHANNELS_LAST: tl.constexpr):  # fmt: skip
+def map_offsets(c, p, C_STRIDE, H_STRIDE, W_STRIDE, H: tl.constexpr, W: tl.constexpr, FLAT: tl.constexpr,
+                ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, GAPLESS: tl.constexpr):  # fmt: skip
     """Offsets of channels c and cells p in a map. Strides come divided by ALIGN, all but the one that is 1."""
-    by_c = c.to(tl.int64) * C_STRIDE  # each product from an int64 on: a stride alone may exceed int32
+    c = c.to(tl.int64)  # each product from an int64 on: a stride alone may exceed int32
     p = p.to(tl.int64)
-    if FLAT:
-        by_p = p * W_STRIDE
+    if GAPLESS:
+        return (c * (H * W))[:, None] + p[None, :]
     else:
-        by_p = (p % W) * W_STRIDE
-    if CHANNELS_LAST:
-        by_p = by_p * ALIGN
+        by_c = c * C_STRIDE
+        if FLAT:
+            by_p = p * W_STRIDE
+        else:
+            by_p = (p % W) * W_STRIDE
+        if CHANNELS_LAST:
+            by_p = by_p * ALIGN
+        else:
+            by_c = by_c * ALIGN
+        if not FLAT:
+            by_p += (p // W) * H_STRIDE * ALIGN
+        return by_c[:, None] + by_p[None, :]
+
+
+@triton.jit
+def run_offsets(c_block, C, CELLS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Offsets of all cells of BLOCK_C channels of a gapless map, and which of them there are."""
+    i = tl.arange(0, BLOCK_C * BLOCK_P)
+    offsets = c_block * (BLOCK_C * CELLS) + i
+    return offsets, (i < BLOCK_C * CELLS) & (offsets < C.to(tl.int64) * CELLS)
+
+
+@triton.jit
+def is_whole(dtype: tl.constexpr, CELLS: tl.constexpr, GAPLESS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Whether a tile is one run of memory whose channels wide loads do not divide: all cells of gapless channels."""
+    return GAPLESS and CELLS <= BLOCK_P and CELLS * dtype.primitive_bitwidth % 128 != 0
+
+
+@triton.jit
+def load_tile(x, c_block, c, p, C, C_STRIDE, H_STRIDE, W_STRIDE, H: tl.constexpr, W: tl.constexpr,
+              FLAT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, GAPLESS: tl.constexpr,
+              BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+    """x at channels c and cells p, (BLOCK_C, BLOCK_P), 0 beyond them.
+
+    A whole run (7 x 7 cells, say) is loaded 16 bytes at a time, and dealt out to rows on chip.
+    """
+    if is_whole(x.dtype.element_ty, H * W, GAPLESS, BLOCK_P):
+        offsets, there = run_offsets(c_block, C, H * W, BLOCK_C, BLOCK_P)
+        run = tl.load(x + offsets, mask=there, other=0.0)
+        i = tl.arange(0, BLOCK_C * BLOCK_P)
+        source = (i // BLOCK_P) * (H * W) + tl.minimum(i % BLOCK_P, H * W - 1)
+        tile = tl.reshape(tl.gather(run, source, 0), (BLOCK_C, BLOCK_P))
+        return tl.where((p < H * W)[None, :], tile, 0.0).to(run.dtype)
     else:
-        by_c = by_c * ALIGN
-    if not FLAT:
-        by_p += (p // W) * H_STRIDE * ALIGN
-    return by_c[:, None] + by_p[None, :]
+        offsets = map_offsets(c, p, C_STRIDE, H_STRIDE, W_STRIDE, H, W, FLAT, ALIGN, CHANNELS_LAST, GAPLESS)
+        return tl.load(x + offsets, mask=(c < C)[:, None] & (p < H * W)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(y, tile, c_block, c, p, C, C_STRIDE, H_STRIDE, W_STRIDE, H: tl.constexpr, W: tl.constexpr,
+               FLAT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, GAPLESS: tl.constexpr,
+               BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+    """The reverse of `load_tile`."""
+    if is_whole(y.dtype.element_ty, H * W, GAPLESS, BLOCK_P):
+        offsets, there = run_offsets(c_block, C, H * W, BLOCK_C, BLOCK_P)
+        i = tl.arange(0, BLOCK_C * BLOCK_P)
+        source = tl.minimum(i // (H * W), BLOCK_C - 1) * BLOCK_P + i % (H * W)
+        run = tl.gather(tl.reshape(tile, (BLOCK_C * BLOCK_P,)), source, 0)
+        tl.store(y + offsets, run, mask=there)
+    else:
+        offsets = map_offsets(c, p, C_STRIDE, H_STRIDE, W_STRIDE, H, W, FLAT, ALIGN, CHANNELS_LAST, GAPLESS)
+        tl.store(y + offsets, tile, mask=(c < C)[:, None] & (p < H * W)[None, :])
 
 
 @triton.jit
@@ -106,7 +160,7 @@ def region_gather(
     C, LEAD1, LEAD2, X_STRIDE0, X_STRIDE1, X_STRIDE2, X_STRIDE_C, X_STRIDE_H, X_STRIDE_W,
     N: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PROFILE: tl.constexpr,
     NODES: tl.constexpr, MOMENTS: tl.constexpr,
-    FLAT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    FLAT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, GAPLESS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_AXIS: tl.constexpr,
 ):  # fmt: skip
@@ -147,8 +201,8 @@ def region_gather(
             p = start + tl.arange(0, BLOCK_P)
             row = (p // W).to(ACC)
             column = (p % W).to(ACC)
-            offsets = map_offsets(c, p, X_STRIDE_C, X_STRIDE_H, X_STRIDE_W, W, FLAT, ALIGN, CHANNELS_LAST)
-            tile = tl.load(x + offsets, mask=(c < C)[:, None] & (p < H * W)[None, :], other=0.0)
+            tile = load_tile(x, c_block, c, p, C, X_STRIDE_C, X_STRIDE_H, X_STRIDE_W, H, W, FLAT, ALIGN, CHANNELS_LAST,
+                             GAPLESS, BLOCK_C, BLOCK_P)  # fmt: skip
             k_x, k_cx, k_w = slopes(cx, w, inverse_x, cx_sum, w_sum, column, W, PROFILE, temperature)
             k_y, k_cy, k_h = slopes(cy, h, inverse_y, cy_sum, h_sum, row, H, PROFILE, temperature)
             if NODES:
@@ -173,8 +227,8 @@ def region_scatter(
     C, LEAD1, LEAD2, X_STRIDE0, X_STRIDE1, X_STRIDE2, X_STRIDE_C, X_STRIDE_H, X_STRIDE_W,
     Y_STRIDE0, Y_STRIDE1, Y_STRIDE2, Y_STRIDE_C, Y_STRIDE_H, Y_STRIDE_W,
     N: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PROFILE: tl.constexpr, MOMENTS: tl.constexpr,
-    X_FLAT: tl.constexpr, X_ALIGN: tl.constexpr, X_CHANNELS_LAST: tl.constexpr,
-    Y_FLAT: tl.constexpr, Y_ALIGN: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
+    X_FLAT: tl.constexpr, X_ALIGN: tl.constexpr, X_CHANNELS_LAST: tl.constexpr, X_GAPLESS: tl.constexpr,
+    Y_FLAT: tl.constexpr, Y_ALIGN: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, Y_GAPLESS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_AXIS: tl.constexpr,
 ):  # fmt: skip
@@ -209,15 +263,14 @@ def region_scatter(
         p = start + tl.arange(0, BLOCK_P)
         row = (p // W).to(ACC)
         column = (p % W).to(ACC)
-        inside = (c < C)[:, None] & (p < H * W)[None, :]
         spread = tl.zeros((BLOCK_C, BLOCK_P), ACC)
         if N <= BLOCK_N:
             if touched(cx, cy, w, h, start, tl.minimum(start + BLOCK_P, H * W) - 1, W, PROFILE):
                 k_x, k_cx, k_w = slopes(cx, w, inverse_x, cx_sum, w_sum, column, W, PROFILE, temperature)
                 k_y, k_cy, k_h = slopes(cy, h, inverse_y, cy_sum, h_sum, row, H, PROFILE, temperature)
                 if MOMENTS:
-                    offsets = map_offsets(c, p, X_STRIDE_C, X_STRIDE_H, X_STRIDE_W, W, X_FLAT, X_ALIGN, X_CHANNELS_LAST)
-                    tile = tl.load(x + offsets, mask=inside, other=0.0)
+                    tile = load_tile(x, c_block, c, p, C, X_STRIDE_C, X_STRIDE_H, X_STRIDE_W, H, W, X_FLAT, X_ALIGN,
+                                     X_CHANNELS_LAST, X_GAPLESS, BLOCK_C, BLOCK_P)  # fmt: skip
                     by_k = dot(tl.trans(tile), given, tl.zeros((BLOCK_P, BLOCK_N), ACC), dtype, PRECISION)
                     by_cx += by_k * k_y * k_cx
                     by_cy += by_k * k_x * k_cy
@@ -241,8 +294,8 @@ def region_scatter(
                     k *= weights(cy, h, inverse_y / scale, row, H, PROFILE, temperature)
                     part = dot(given, tl.trans(k), tl.zeros((BLOCK_C, BLOCK_P), ACC), dtype, PRECISION)
                     spread += part * scale
-        offsets = map_offsets(c, p, Y_STRIDE_C, Y_STRIDE_H, Y_STRIDE_W, W, Y_FLAT, Y_ALIGN, Y_CHANNELS_LAST)
-        tl.store(y + offsets, spread.to(dtype), mask=inside)
+        store_tile(y, spread.to(dtype), c_block, c, p, C, Y_STRIDE_C, Y_STRIDE_H, Y_STRIDE_W, H, W, Y_FLAT, Y_ALIGN,
+                   Y_CHANNELS_LAST, Y_GAPLESS, BLOCK_C, BLOCK_P)  # fmt: skip
 
     if MOMENTS:
         store_moments(moments + (frame * c_blocks + c_block) * (N * 4), tl.arange(0, BLOCK_N), N,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from support import DEVICE, INTERPRETED, TOLERANCE, assert_close, poisoned_outputs, random_regions
+from support import DEVICE, INTERPRETED, TOLERANCE, Guarded, assert_close, poisoned_outputs, random_regions
 from torch.library import opcheck
 
 import dyreg_triton as dt
@@ -126,6 +126,18 @@ def test_blocks_of_cells(profile, size):
     agree(lambda x, r: dt.ops.region_pool(x, r, profile=profile), x, r)
     agree(lambda v, r: dt.ops.region_remap(v, r, size, profile=profile), v, r)
     agree(lambda r: dt.ops.region_kernel(r, size, profile=profile), r)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("c", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (5, 3), (8, 8), (3, 21), (9, 9)], ids=str)
+def test_small_maps_are_read_as_one_run(size, c, dtype):
+    """Whole channels, dealt out on chip; the last ones end within a tile, and NaN follows them."""
+    x, v, r = inputs(2, c=c, h=size[0], w=size[1], dtype=dtype)
+    x, v = (Guarded(t, "aligned").tensor for t in (x, v))
+    agree(lambda x, r: dt.ops.region_pool(x, r), x, r)
+    agree(lambda v, r: dt.ops.region_remap(v, r, size), v, r)
 
 
 @kernels
@@ -260,8 +272,14 @@ def test_layout_of_maps(dtype):
     whole = 16 // dtype.itemsize
     x = torch.empty(2, 3, 64, 14, 14, dtype=dtype)
     layout = launch.map_layout(x, launch.leading(x)[2][0])
-    assert (layout.flat, layout.channels_last, layout.align) == (True, False, 4)
-    assert layout.strides == (64 * 196 // 4, 0, 0, 49, 0, 1)
+    assert (layout.flat, layout.channels_last, layout.gapless, layout.align) == (True, False, True, whole)
+    assert layout.strides == (64 * 196 // whole, 0, 0, 0, 0, 1)
+    x = torch.empty(2, 3, 128, 14, 14, dtype=dtype)[:, :, ::2]
+    layout = launch.map_layout(x, launch.leading(x)[2][0])
+    assert (layout.flat, layout.channels_last, layout.gapless, layout.align) == (True, False, False, whole)
+    assert layout.strides == (128 * 196 // whole, 0, 0, 2 * 196 // whole, 0, 1)
+    x = torch.empty(2, 64, 7, 8, dtype=dtype)[..., :7]
+    assert not launch.map_layout(x, launch.leading(x)[2][0]).gapless
     x = torch.empty(2, 64, 13, 17, dtype=dtype).to(memory_format=torch.channels_last)
     layout = launch.map_layout(x, launch.leading(x)[2][0])
     assert (layout.flat, layout.channels_last, layout.align) == (True, True, whole)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import TOLERANCE, assert_all_close, assert_close, assert_identical, backends, relative_error
+from support import PROFILES, TOLERANCE, assert_all_close, assert_close, assert_identical, backends, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -692,3 +692,29 @@ def test_offsets_of_any_size_give_finite_regions() -> None:
     assert dt.ops.region_pool(torch.ones(3, 6, 8), regions).isfinite().all()
     half = dt.layers.regions_from_offsets(offsets.half(), grid=(1, 2), size=(6, 8))
     assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("lead", [(0, 3), (2, 0)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_empty_batches_leave_zero_gradients(lead: tuple[int, int], variant: str, device: torch.device) -> None:
+    """Not absent ones: in distributed training a rank without a clip would wait for them, or stop the others."""
+    layer = awake(make(variant)).to(device)
+    layer(frames(*lead, 4, 9, 10, device=device)).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("rule", ["paper", "published"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_offsets_of_any_size_give_finite_gradients(profile: str, rule: str, sign: int) -> None:
+    layer = dt.layers.DyReG(4, (7, 7), profile=profile, region_rule=rule, region_channels=8)
+    with torch.no_grad():
+        layer.dynamic_graph.offset_alpha.fill_(1000.0 * sign)
+        layer.norm_dict["residual_norm"].scale.fill_(1)
+    y = layer(torch.randn(2, 3, 4, 7, 7))
+    y.sum().backward()
+    assert y.isfinite().all()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.isfinite().all(), name

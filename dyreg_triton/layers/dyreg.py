@@ -224,7 +224,7 @@ class DynamicGraph(nn.Module):
         features = self.project_in(x)
         regions = self.regions(features)
         if self.variant is None:
-            nodes = regions.flatten(-2) @ (features + self.position_map()).flatten(-2).mT
+            nodes = regions.to(features.dtype).flatten(-2) @ (features + self.position_map()).flatten(-2).mT
         else:
             nodes = pool_placed(features, self.position_map(), regions, self.profile, self.temperature)
         return self.rstg(nodes + self.kernel_projection1.bias.to(nodes.dtype)), regions
@@ -234,7 +234,7 @@ class DynamicGraph(nn.Module):
         if self.project:  # on N nodes, not on H*W cells; the bias stays outside, for the kernels do not sum to one
             nodes = F.linear(nodes, self.project_back_i3d_linear.weight.flatten(1))
         if self.variant is None:
-            y = (nodes.mT @ regions.flatten(-2)).unflatten(-1, self.size)
+            y = (nodes.mT @ regions.to(nodes.dtype).flatten(-2)).unflatten(-1, self.size)
         else:
             y = ops.region_remap(nodes, regions, self.size, profile=self.profile, temperature=self.temperature)
         if self.project:

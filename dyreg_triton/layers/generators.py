@@ -105,13 +105,13 @@ def sinusoidal_positions(channels: int, size: tuple[int, int]) -> Tensor:
 
 
 def node_weights(scores: Tensor, over: str) -> Tensor:
-    """Weights of every location for every node, from scores (BT, N, ...) of a 1x1 convolution.
+    """Weights of every location for every node, from scores (BT, N, ...) of a 1x1 convolution, float32 or wider.
 
     Softmax over "locations" makes a node an average over the map (the paper); over "nodes" it gives each location's
     features away in shares, and a node is a sum (the published code).
     """
-    flat = scores.flatten(2)
-    return torch.softmax(flat, dim=1 if over == "nodes" else 2).to(scores.dtype).unflatten(2, scores.shape[2:])
+    flat = scores.flatten(2).to(torch.promote_types(scores.dtype, torch.float32))
+    return torch.softmax(flat, dim=1 if over == "nodes" else 2).unflatten(2, scores.shape[2:])
 
 
 class GloRe(nn.Module):

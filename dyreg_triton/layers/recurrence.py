@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 RECURRENCES = ("gru", "lstm")
@@ -14,7 +15,7 @@ def recurrence(kind: str, channels: int) -> nn.RNNBase:
 
 def over_time(rnn: nn.RNNBase, nodes: Tensor) -> Tensor:
     """Run `rnn` along T of nodes (B, T, N, C), each node a sequence of its own."""
-    if nodes.numel() == 0:  # torch's recurrences refuse an empty batch
-        return nodes
+    if nodes.numel() == 0:  # torch's recurrences refuse an empty batch; gradients are 0 and not absent, as DDP needs
+        return nodes + torch.stack([weight.sum() for weight in rnn.parameters()]).sum().to(nodes.dtype) * 0
     sequences = nodes.transpose(1, 2).flatten(0, 1)
     return rnn(sequences)[0].unflatten(0, (nodes.shape[0], nodes.shape[2])).transpose(1, 2)

@@ -10,7 +10,7 @@ from ..validate import choice, pair, positive_number, what
 INITS = ("center", "grid")
 RULES = ("published", "paper")
 _EDGE = 1 - 1e-7  # atanh's argument stays inside (-1, 1)
-_LARGEST = 20.0  # of log sizes: a region e^20 times its start is flat on any map, and one much larger is infinite
+_LARGEST = 20.0  # of log sizes, up or down: such regions are flat on any map or a point; beyond, infinite or 0
 
 
 def initial_centers(grid: tuple[int, int], size: tuple[int, int], init: str) -> Tensor:
@@ -35,7 +35,7 @@ def regions_from_centers(
     """`regions_from_offsets` with the initial centers (N, 2) = (x, y) given."""
     offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
     log_size, shift = offsets.unflatten(-1, (2, 2)).flip(-1).unbind(-2)  # both now (*, N, 2) = across, down
-    log_size = log_size.clamp(max=_LARGEST)
+    log_size = log_size.clamp(-_LARGEST, _LARGEST)
     extent = torch.tensor([size[1], size[0]], dtype=offsets.dtype, device=offsets.device)
     start = torch.tensor([2 * grid[1], 2 * grid[0]], dtype=offsets.dtype, device=offsets.device)
     at_rest = torch.atanh((2 * centers.to(offsets.dtype) / extent - 1).clamp(-_EDGE, _EDGE))

@@ -125,8 +125,6 @@ class RSTG(nn.Module):
     def forward(self, nodes: Tensor) -> Tensor:
         form = f"(B, T, N, {self.channels}) for channels {self.channels}"
         layer_input("RSTG", "nodes", nodes, next(self.parameters()), (None, None, None, self.channels), form)
-        if nodes.numel() == 0:
-            return nodes.clone()
         nodes = self.norm_dict["before_graph_norm"](nodes)
         for _ in range(self.iterations):
             if self.order == "time-space":

@@ -181,8 +181,7 @@ def _gather(
         x, x if v is None else v.contiguous(), regions.contiguous(), pooled, rows, temperature,
         channels, lead1, lead2, *layout.strides,
         NODES=nodes, MOMENTS=v is not None,
-        FLAT=layout.flat, ALIGN=layout.align, CHANNELS_LAST=layout.channels_last,
-        PRECISION=precision(x.dtype), BLOCK_C=config.block_c,
+        PRECISION=precision(x.dtype), BLOCK_C=config.block_c, **layout.constants(),
         **_constants(x, regions, (size[0], size[1]), profile, config),
     )  # fmt: skip
     return pooled, rows if v is None else _summed(rows, regions)
@@ -211,9 +210,7 @@ def _scatter(
         v.contiguous(), read, regions.contiguous(), y, rows, temperature,
         channels, lead1, lead2, *x_layout.strides, *y_layout.strides,
         MOMENTS=x is not None,
-        X_FLAT=x_layout.flat, X_ALIGN=x_layout.align, X_CHANNELS_LAST=x_layout.channels_last,
-        Y_FLAT=y_layout.flat, Y_ALIGN=y_layout.align, Y_CHANNELS_LAST=y_layout.channels_last,
-        PRECISION=precision(y.dtype), BLOCK_C=config.block_c,
+        PRECISION=precision(y.dtype), BLOCK_C=config.block_c, **x_layout.constants("X_"), **y_layout.constants("Y_"),
         **_constants(y, regions, (size[0], size[1]), profile, config),
     )  # fmt: skip
     return None if x is None else _summed(rows, regions)
