@@ -1,97 +1,102 @@
-"""Every kernel compiles for every supported GPU, without one: no spills, shared memory within the limit, wide loads."""
+"""Every kernel compiles for every supported GPU, without one: no spills, shared memory that fits, wide access."""
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.compiled
 compiled = pytest.importorskip("bench.compiled", reason="triton is needed to compile", exc_type=ImportError)
+Case = compiled.Case
+on_targets = pytest.mark.parametrize("target", list(compiled.TARGETS))
 
 
-def compile_region(target, dtype, profile="linear", **call):
-    with compiled.compiling(target) as codes:
-        compiled.region_calls(dtype, profile, **call)
-    together = ["region_scatter"] if call.get("n", 9) <= 32 else ["region_scatter", "region_gather"]
-    assert [c.kernel for c in codes] == [
-        "region_gather", *together, "region_scatter", "region_gather", "region_dense", "region_dense_backward",
-    ]  # fmt: skip
-    for code in codes:
-        assert code.spills == 0, code
-        assert code.shared <= compiled.SHARED_LIMIT[target], code
+def fit(target, dtype, size=(14, 14), n=9, profile="linear", frames=160, channels=512, layout="contiguous"):
+    """Compile every kind of kernel; nothing may be wrong with any. The code of each, by kind."""
+    codes = {}
+    for kind in compiled.KINDS:
+        case = Case(kind, frames, n, channels, size, dtype, profile, layout)
+        codes[kind] = compiled.compile_case(target, case)
+        for code in codes[kind]:
+            assert not compiled.problems(case, code), code
     return codes
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("target", list(compiled.TARGETS))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@on_targets
 def test_default_config_fits_every_target(target, dtype):
-    pool, pool_backward, remap, remap_backward, _, _ = compile_region(target, dtype)
-    if dtype == torch.bfloat16 or target == "gfx942":  # float32 stays float32 unless torch allows TF32
-        assert all(code.tensor_core > 0 for code in (pool, pool_backward, remap, remap_backward))
-    assert pool.load_bytes >= 8  # 14 x 14 cells of 2 bytes divide by 8, no more
-    assert remap.store_bytes >= 8
+    codes = fit(target, dtype)
+    if dtype == "bfloat16" or target == "gfx942":  # float32 stays float32 unless torch allows TF32
+        for kind in compiled.KINDS[:4]:
+            assert all(code.tensor_core > 0 for code in codes[kind]), kind
+    assert min(code.load_bytes for code in codes["gather"]) >= 8  # 14 x 14 cells of 2 bytes divide by 8, no more
+    assert min(code.store_bytes for code in codes["scatter"]) >= 8
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("target", list(compiled.TARGETS))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@on_targets
 def test_odd_maps_are_read_and_written_wide(target, dtype):
     """49 cells of 2 bytes divide by 2, no more; a frame of them by 16."""
-    pool, pool_backward, remap, remap_backward, _, _ = compile_region(target, dtype, size=(7, 7), channels=2048)
+    codes = fit(target, dtype, size=(7, 7), channels=2048)
     wide = 16 if target.startswith("sm") else 8  # a wavefront has twice the threads
-    assert min(c.load_bytes for c in (pool, pool_backward, remap_backward)) >= wide
-    assert min(c.store_bytes for c in (pool_backward, remap)) >= wide
+    assert min(c.load_bytes for kind in ("gather", "gather_moments", "scatter_moments") for c in codes[kind]) >= wide
+    assert min(c.store_bytes for kind in ("scatter", "scatter_moments") for c in codes[kind]) >= wide
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("profile", ["gaussian", "log-linear"])
 def test_other_profiles(profile, dtype):
-    compile_region("sm_90", dtype, profile)
+    fit("sm_90", dtype, profile=profile)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (56, 56), (13, 17)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_other_sizes(dtype, size):
-    pool, _, remap, *_ = compile_region("sm_90", dtype, size=size)
+    codes = fit("sm_90", dtype, size)
     if size != (13, 17):
-        assert pool.load_bytes == 16
-        assert remap.store_bytes == 16
+        assert codes["gather"][0].load_bytes == 16
+        assert codes["scatter"][0].store_bytes == 16
 
 
 @pytest.mark.parametrize("n", [1, 17, 64])
 def test_other_numbers_of_regions(n):
-    compile_region("sm_90", torch.bfloat16, n=n)
+    fit("sm_90", "bfloat16", n=n)
 
 
 def test_tf32_uses_tensor_cores():
-    former = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        codes = compile_region("sm_90", torch.float32)
-    finally:
-        torch.set_float32_matmul_precision(former)
-    assert all(code.tensor_core > 0 for code in codes[:4])
+    codes = fit("sm_90", "tf32")
+    assert all(code.tensor_core > 0 for kind in compiled.KINDS[:4] for code in codes[kind])
 
 
 def test_more_regions_than_one_program_holds():
-    from dyreg_triton.ops import region as ops
-
-    x = torch.empty(8, 64, 14, 14, dtype=torch.bfloat16, device="meta")
-    nodes = torch.empty(8, 100, 64, dtype=torch.bfloat16, device="meta")
-    regions = torch.empty(8, 100, 4, device="meta")
-    with compiled.compiling("sm_90") as codes:
-        ops._scatter(torch.empty_like(x), nodes, x, regions, "linear", 1.0)
-        ops._gather(x, nodes, regions, "linear", 1.0, nodes=True)
-    assert [c.kernel for c in codes] == ["region_scatter", "region_gather", "region_gather"]
-    assert all(c.spills == 0 and c.shared <= compiled.SHARED_LIMIT["sm_90"] for c in codes)
+    codes = fit("sm_90", "bfloat16", n=100, channels=64, frames=8)
+    assert [c.kernel for c in codes["scatter_moments"]] == ["region_scatter", "region_gather"]  # two passes then
 
 
-def test_channels_last_loads_along_channels():
-    from dyreg_triton.ops import region as ops
+@pytest.mark.parametrize("layout", ["channels_last", "sliced"])
+def test_other_layouts(layout):
+    codes = fit("sm_90", "bfloat16", layout=layout, channels=256)
+    if layout == "channels_last":
+        assert codes["gather"][0].load_bytes == codes["scatter"][0].store_bytes == 16
 
-    x = torch.empty(64, 256, 14, 14, dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
-    regions = torch.empty(64, 9, 4, device="meta")
-    with compiled.compiling("sm_90") as codes:
-        ops._gather(x, None, regions, "linear", 1.0, nodes=True)
-    assert codes[0].load_bytes == 16
-    assert codes[0].spills == 0
+
+def test_the_table_covers_what_a_launch_may_choose():
+    """Every config of the heuristic, in every dtype and profile, is compiled by `bench compiled --all`."""
+    from dyreg_triton import tuning
+
+    cases = compiled.region_cases(everything=True)
+    for profile in ("linear", "gaussian", "log-linear"):
+        for dtype in compiled.DTYPES:
+            mine = {(c.kind, c.config()) for c in cases if c.profile == profile and c.dtype == dtype}
+            assert {kind for kind, _ in mine} == set(compiled.KINDS)
+            itemsize = Case("gather", 1, 1, 1, (1, 1), dtype).torch_dtype.itemsize
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(500):
+                frames, n, c, h, w = (
+                    int(2 ** (torch.rand((), generator=generator).item() * top)) for top in (12, 6, 11, 6, 6)
+                )
+                for kind in compiled.KINDS:
+                    if kind != "scatter_moments" or n <= 32:
+                        channels = {"dense": 1, "dense_moments": 16}.get(kind, c)
+                        assert (kind, tuning.region(kind, frames, n, channels, h * w, itemsize)) in mine
 
 
 def test_the_reading_of_machine_code_sees_a_spill():
@@ -100,7 +105,7 @@ def test_the_reading_of_machine_code_sees_a_spill():
 
     from dyreg_triton import tuning
 
-    case = compiled.Case("gather_moments", 8, 9, 128, (14, 14))
+    case = Case("gather_moments", 8, 9, 128, (14, 14))
     with mock.patch.object(tuning, "region", return_value=tuning.Config(32, 64, 128, 2)):
         codes = compiled.compile_case("sm_90", case)
         assert any(code.spills > 0 for code in codes)
