@@ -169,22 +169,18 @@ class DynamicGraph(dyreg.DynamicGraph):
             **graph,
         )
         self.keep_regions = keep_regions
-        centers = super().initial_centers()
+        centers = super().initial_centers(torch.device("cpu"))
         if self.init == "center":  # upstream halves H on both axes
             centers = torch.full_like(centers, H / 2)
-        del self.centers
         self.register_buffer("ph_buf", centers[None, :, 1:].clone())
         self.register_buffer("pw_buf", centers[None, :, :1].clone())
         self.register_buffer("arange_h_buf", torch.arange(H)[None, None])
         self.register_buffer("arange_w_buf", torch.arange(W)[None, None])
         if self.generator == "pooled":
-            positions = self.glore.pos_emb_buf
-            del self.glore.pos_emb_buf
-            self.glore.register_buffer("pos_emb_buf", positions)
             # in the authors' checkpoints, and never used
             self.glore.norm_dict = nn.ModuleDict({"offset_location_emb": ChannelAffineNorm((1, node_dim, 1, 1), 3)})
 
-    def initial_centers(self) -> Tensor:
+    def initial_centers(self, device: torch.device) -> Tensor:
         return torch.cat([self.pw_buf, self.ph_buf], dim=-1)[0]
 
     def _keep(self, regions: Tensor) -> None:

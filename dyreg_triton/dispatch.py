@@ -36,7 +36,7 @@ class backend:  # lower case because it is used as `with dt.backend("eager"):`
     whose inputs the chosen backend cannot take raises RuntimeError and says why; only "auto" chooses.
 
     An op's backward uses its forward's choice. Activation checkpointing runs the forward again during backward, under
-    what is set then: give it `context_fn=lambda: (nullcontext(), dt.backend(name))`.
+    what is set then: write `with dt.backend(name):` inside the checkpointed function.
 
     Raises ValueError for a name other than "auto", "triton", "eager" and "reference".
     """
@@ -50,7 +50,7 @@ class backend:  # lower case because it is used as `with dt.backend("eager"):`
         _state.name = name
 
     def __enter__(self) -> backend:
-        if self._entered:  # used again: the constructor's setting is over
+        if self._entered or _state.name != self.name:  # the constructor's setting is over
             self._formers.append(_state.name)
             _state.name = self.name
         self._entered = True

@@ -678,8 +678,8 @@ def test_compat_anchors(init: str) -> None:
 def test_anchors_stay_where_they_are_in_16_bits(dtype: torch.dtype) -> None:
     """A third of 100 cells is no 16-bit number; regions are computed in float32 all the same."""
     layer = dt.layers.DyReG(4, (100, 100), grid=(3, 3), init="grid")
-    before = layer.dynamic_graph.initial_centers()
-    after = layer.to(dtype).dynamic_graph.initial_centers()
+    before = layer.dynamic_graph.initial_centers(torch.device("cpu"))
+    after = layer.to(dtype).dynamic_graph.initial_centers(torch.device("cpu"))
     assert after.dtype == torch.float32
     assert torch.equal(before, after)
     assert_close(after[:, 0], torch.tensor([100 / 6, 50, 500 / 6] * 3))

@@ -43,8 +43,6 @@ class DynamicGraph(nn.Module):
     Takes the arguments of `DyReG`. x (B, T, C, H, W) -> (y of x's shape, regions (B, T, N, 4)).
     """
 
-    centers: Tensor
-
     def __init__(
         self,
         in_channels: int,
@@ -107,9 +105,6 @@ class DynamicGraph(nn.Module):
         elif self.variant.moves:
             self._add_generator(recurrence, region_channels, offset_bias)
         self.kernel_projection1 = nn.Linear(self.train_size[0] * self.train_size[1], self.channels)
-        # as whole numbers, which .half() and .bfloat16() leave alone: a center in 16 bits is a fraction of a cell off
-        centers = initial_centers(self.grid, self.size, self.init).double() * (2 * self.num_nodes)
-        self.register_buffer("centers", centers.round().long(), persistent=False)
 
     def _add_generator(self, recurrence: str, region_channels: int, offset_bias: bool) -> None:
         """The parts that lead to offsets: latent vectors (learned, or predicted and carried over time), linear map."""
@@ -131,9 +126,9 @@ class DynamicGraph(nn.Module):
         if self.variant.in_time:
             self.norm_dict["offset_ln_lstm"] = ChannelAffineNorm((region_channels,), 2)
 
-    def initial_centers(self) -> Tensor:
-        """(N, 2) = (x, y) in cells, float32: where the nodes start."""
-        return self.centers.float() / (2 * self.num_nodes)
+    def initial_centers(self, device: torch.device) -> Tensor:
+        """(N, 2) = (x, y) in cells: where the nodes start. No buffer: `.half()` would move it, `to_empty` lose it."""
+        return initial_centers(self.grid, self.size, self.init, device)
 
     def latent(self, features: Tensor) -> Tensor:
         """One latent vector per node from the features (B, T, C, H, W): (B, T, N, D); T is 1 for "constant_time"."""
@@ -179,7 +174,7 @@ class DynamicGraph(nn.Module):
             return node_weights(scores, self.weights_over).unflatten(0, features.shape[:2])
         regions = regions_from_centers(
             self.raw_offsets(features),
-            self.initial_centers(),
+            self.initial_centers(features.device),
             grid=self.grid,
             size=self.size,
             rule=self.region_rule,

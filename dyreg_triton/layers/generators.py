@@ -128,7 +128,7 @@ class GloRe(nn.Module):
         self.mask_conv = nn.Conv2d(in_channels, nodes, 1)
         self.update = nn.Conv1d(in_channels, channels, 1)
         self.sin_pos_emb_proj = nn.Conv2d(in_channels, in_channels, 1)
-        self.register_buffer("pos_emb_buf", sinusoidal_positions(in_channels, size), persistent=False)
+        self.register_buffer("pos_emb_buf", sinusoidal_positions(in_channels, size))
 
     def forward(self, x: Tensor) -> Tensor:
         weights = node_weights(self.mask_conv(x), self.weights_over).flatten(2).to(x.dtype)

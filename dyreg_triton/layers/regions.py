@@ -13,13 +13,20 @@ _EDGE = 1 - 1e-7  # atanh's argument stays inside (-1, 1)
 _LARGEST = 20.0  # of log sizes, up or down: such regions are flat on any map or a point; beyond, infinite or 0
 
 
-def initial_centers(grid: tuple[int, int], size: tuple[int, int], init: str) -> Tensor:
-    """(N, 2) = (x, y) in cells: "center" puts every node in the middle, "grid" in the middle of its own cell."""
+def _across_down(across: float, down: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Two numbers as a tensor, made on the device: from Python it would be a copy that the host waits for."""
+    return torch.linspace(across, down, 2, dtype=dtype, device=device)
+
+
+def initial_centers(
+    grid: tuple[int, int], size: tuple[int, int], init: str, device: torch.device | str = "cpu"
+) -> Tensor:
+    """(N, 2) = (x, y) in cells, float32: "center" puts every node in the middle, "grid" in that of its own cell."""
     (rows, columns), (height, width) = grid, size
     if init == "center":
-        return torch.tensor([width / 2, height / 2]).repeat(rows * columns, 1)
-    y = torch.linspace(0, height, 2 * rows + 1)[1::2]
-    x = torch.linspace(0, width, 2 * columns + 1)[1::2]
+        return _across_down(width / 2, height / 2, torch.float32, torch.device(device)).repeat(rows * columns, 1)
+    y = torch.linspace(0, height, 2 * rows + 1, device=device)[1::2]
+    x = torch.linspace(0, width, 2 * columns + 1, device=device)[1::2]
     return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], dim=-1)
 
 
@@ -36,14 +43,14 @@ def regions_from_centers(
     offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
     log_size, shift = offsets.unflatten(-1, (2, 2)).flip(-1).unbind(-2)  # both now (*, N, 2) = across, down
     log_size = log_size.clamp(-_LARGEST, _LARGEST)
-    extent = torch.tensor([size[1], size[0]], dtype=offsets.dtype, device=offsets.device)
-    start = torch.tensor([2 * grid[1], 2 * grid[0]], dtype=offsets.dtype, device=offsets.device)
+    extent = _across_down(size[1], size[0], offsets.dtype, offsets.device)
     at_rest = torch.atanh((2 * centers.to(offsets.dtype) / extent - 1).clamp(-_EDGE, _EDGE))
     center = (torch.tanh(shift + at_rest) + 1) * (extent / 2)
     if rule == "published":
         center = torch.minimum(center.clamp(min=0), extent - 1)
     if rule == "published" and size_ratio is None:
-        half = log_size.exp() * (extent / start + 1) + 1
+        start = _across_down(size[1] / (2 * grid[1]), size[0] / (2 * grid[0]), offsets.dtype, offsets.device)
+        half = log_size.exp() * (start + 1) + 1
     else:
         half = log_size.exp() * (extent / (6 if size_ratio is None else size_ratio))
     return torch.cat([center, half], dim=-1)
@@ -96,5 +103,5 @@ def regions_from_offsets(
         raise ValueError(
             f"{op}: offsets has shape {tuple(offsets.shape)}; accepted is (*, {grid[0] * grid[1]}, 4) for grid {grid}"
         )
-    centers = initial_centers(grid, size, init).to(offsets.device)
+    centers = initial_centers(grid, size, init, offsets.device)
     return regions_from_centers(offsets, centers, grid=grid, size=size, rule=rule, size_ratio=size_ratio)

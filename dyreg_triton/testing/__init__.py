@@ -30,7 +30,7 @@ from .comparators import (
     value_and_gradients,
 )
 from .memory import LAYOUTS, Guarded, poisoned_outputs
-from .regions import REGION_KINDS, random_regions
+from .regions import REGION_KINDS, RegionSpec, random_regions
 
 if TYPE_CHECKING:
     from . import strategies
@@ -41,6 +41,7 @@ __all__ = [
     "TOLERANCE",
     "Call",
     "Guarded",
+    "RegionSpec",
     "TensorSpec",
     "assert_all_close",
     "assert_close",

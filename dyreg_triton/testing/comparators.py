@@ -72,6 +72,11 @@ def mismatch(
         return f"has {(~actual.isfinite()).sum().item()} of {actual.numel()} values not finite"
     error = relative_error(actual, expected, floor=floor)
     if error > tolerance:
+        if not expected.any() and not floor:
+            return (
+                f"is up to {_double(actual).abs().max().item():.3g} where 0 is expected; where that is a difference "
+                "of larger terms, give their norm as a floor"
+            )
         if not actual.any():
             return f"is all zero where the expected norm is {_double(expected).norm().item():.3g}"
         return f"has relative error {error:.3g} > {tolerance:.3g}"

@@ -44,15 +44,17 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
 
     A program takes all regions up to 64 (32 where it both reads and writes a map, beyond which registers spill), and
     cells shrink as regions grow, faster where moments are kept; channels shrink while there are too few programs to
-    fill a large GPU. A map of up to 64 cells is one tile. No block exceeds what its dimension needs, and none falls
-    below the matrix product's least, 16.
+    fill a large GPU. A map of up to 64 cells is one tile, for it is read and written as one run of wide accesses. No
+    block exceeds what its dimension needs, and none falls below the matrix product's least, 16.
     """
     block_c, block_p, num_warps = _REGION[kind][itemsize >= 4]
     block_n = min(32 if kind == "scatter_moments" else 64, max(16, _power_of_two(nodes)))
     shrink = (block_n // 16) ** (2 if kind.endswith("moments") else 1)
     whole = max(16, _power_of_two(cells))
-    if shrink == 1 and block_p <= whole <= 64:  # one tile of fewer channels holds a small map: one run of wide loads
+    if shrink == 1 and block_p <= whole <= 64:
         block_c, block_p = block_c * block_p // whole // (2 if kind == "gather_moments" else 1), whole
+    if shrink > 1 and itemsize >= 4 and kind.endswith("moments"):  # larger tiles spill
+        block_c, block_p = (32, block_p) if kind == "gather_moments" else (16, 32 * shrink)
     block_p = max(16, min(block_p // shrink, whole))
     block_c = max(16, min(block_c, _power_of_two(channels)))
     while block_c > 16 and frames * -(-channels // block_c) < _FILL:
