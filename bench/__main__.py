@@ -20,13 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--out", type=Path, help="append rows to this JSONL instead of bench/results/SUITE-DEVICE.jsonl")
     run.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     compiled = commands.add_parser("compiled", help="compile every kernel for sm_80, sm_90, sm_100 and gfx942")
-    compiled.add_argument("--all", action="store_true", help="every profile and dtype, not only the default ones")
+    compiled.add_argument("--all", action="store_true", help="every config, profile, dtype and layout: tens of minutes")
+    compiled.add_argument("--jobs", type=int, help="processes for --all; by default one per core")
     args = parser.parse_args(argv)
 
     if args.command == "compiled":
         from .compiled import main as compile_all
 
-        return compile_all(args.all)
+        return compile_all(args.all, args.jobs)
 
     import importlib
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -293,18 +292,23 @@ def _rows(task: tuple[str, Case]) -> list[tuple[str, list[str]]]:
     return [(_row(case, code), problems(case, code)) for code in compile_case(target, case)]
 
 
-def main(everything: bool = False, jobs: int = 0) -> int:
+def _report(compiled: Iterable[list[tuple[str, list[str]]]]) -> int:
+    print(HEADER, flush=True)
+    total = bad = 0
+    for row, wrong in itertools.chain.from_iterable(compiled):
+        total, bad = total + 1, bad + bool(wrong)
+        print(f"{row}{'  <- ' + ', '.join(wrong) if wrong else ''}", flush=True)
+    print(f"{total} kernels, {bad} that do not fit")
+    return 1 if bad else 0
+
+
+def main(everything: bool = False, jobs: int | None = None) -> int:
     """Print one line per compiled kernel; 1 if any spills, exceeds its target's shared memory, or accesses narrowly.
 
     `everything` takes tens of minutes, on `jobs` processes (by default one per core).
     """
     tasks = list(itertools.product(TARGETS, region_cases(everything)))
-    print(HEADER, flush=True)
-    total = bad = 0
-    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(_rows, tasks, chunksize=8) if everything else map(_rows, tasks):
-            for row, wrong in rows:
-                total, bad = total + 1, bad + bool(wrong)
-                print(f"{row}{'  <- ' + ', '.join(wrong) if wrong else ''}", flush=True)
-    print(f"{total} kernels, {bad} that do not fit")
-    return 1 if bad else 0
+    if not everything:
+        return _report(map(_rows, tasks))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return _report(pool.map(_rows, tasks, chunksize=8))
