@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from torch import Tensor, nn
 
 from dyreg_triton import dispatch
 from dyreg_triton.testing import (
@@ -43,6 +45,8 @@ __all__ = [
     "assert_all_close",
     "assert_close",
     "assert_identical",
+    "assert_results_close",
+    "awake",
     "backends",
     "backends_and_dtypes",
     "mismatch",
@@ -50,6 +54,7 @@ __all__ = [
     "random_regions",
     "region_cases",
     "relative_error",
+    "run",
     "settings",
     "value_and_gradients",
 ]
@@ -79,3 +84,46 @@ def backends_and_dtypes(*dtypes: torch.dtype) -> list[Any]:
 def settings(examples: int) -> hypothesis.settings:
     """Hypothesis settings: the same examples in every run, fewer of them where kernels are interpreted."""
     return checks.settings(max(examples // 12, 5) if INTERPRETED else examples)
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def awake(layer: nn.Module, seed: int = 7) -> nn.Module:
+    """Take a layer off its start, where the residual branch, the offsets and the biases are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            last = name.rpartition(".")[2]
+            if last in ("offset_alpha", "scale", "bias", "att_bias"):
+                start = 0.7 if last in ("offset_alpha", "scale") else 0.0
+                parameter.copy_(start + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def run(
+    layer: nn.Module,
+    x: Tensor,
+    grad_output: Tensor | None = None,
+    *,
+    call: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor | None]:
+    """Output and the gradients of the input and of every parameter; `call` in place of the layer itself."""
+    layer.zero_grad(set_to_none=True)
+    x = x.detach().clone().requires_grad_()
+    y = (call or layer)(x)
+    if grad_output is None:
+        steps = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+        grad_output = steps.sin().to(y.device, y.dtype)
+    y.backward(grad_output)
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in layer.named_parameters()}
+    return {"out": y.detach(), "grad_x": x.grad, **gradients}
+
+
+def assert_results_close(
+    actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: float
+) -> None:
+    """A key's bias adds the same to all scores of a query: its gradient is round-off."""
+    scale = max(t.norm().item() for t in expected.values() if t is not None)
+    floors = {name: (scale if name.endswith("att_k.bias") else 1e-4 * scale) for name in expected}
+    assert_all_close(actual, expected, tolerance=tolerance, floors=floors)

@@ -26,9 +26,12 @@ from support import (
     assert_all_close,
     assert_close,
     assert_identical,
+    assert_results_close,
+    awake,
     backends,
     random_regions,
     relative_error,
+    run,
     value_and_gradients,
 )
 from torch import Tensor, nn
@@ -74,18 +77,6 @@ def _one_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
-def awake(module: nn.Module, seed: int = 7) -> nn.Module:
-    """Take a layer off its start, where the residual branch, the offsets and the biases are 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            last = name.rpartition(".")[2]
-            if last in ("offset_alpha", "scale", "bias", "att_bias"):
-                start = 0.7 if last in ("offset_alpha", "scale") else 0.0
-                parameter.copy_(start + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return module
-
-
 def make(variant: str = "default", **options: Any) -> nn.Module:
     return awake(dt.layers.DyReG(4, SIZE, **{**SMALL, **VARIANTS[variant], **options}))
 
@@ -100,16 +91,6 @@ def cotangent(y: Tensor) -> Tensor:
     return torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).sin().to(y.device, y.dtype)
 
 
-def run(layer: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Results:
-    """Output and the gradients of the input and of every parameter; `call` in place of the layer itself."""
-    layer.zero_grad(set_to_none=True)
-    x = x.detach().clone().requires_grad_()
-    y = (call or layer)(x)
-    y.backward(cotangent(y))
-    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in layer.named_parameters()}
-    return {"out": y.detach(), "grad_x": x.grad, **gradients}
-
-
 def assert_all_identical(actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> None:
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
@@ -117,13 +98,6 @@ def assert_all_identical(actual: Mapping[str, Tensor | None], expected: Mapping[
         assert (got is None) == (want is None), name
         if got is not None and want is not None:
             assert_identical(got, want, name)
-
-
-def assert_results_close(actual: Results, expected: Results, tolerance: float) -> None:
-    """A key's bias adds the same to all scores of a query: its gradient is round-off."""
-    scale = max(t.norm().item() for t in expected.values() if t is not None)
-    floors = {name: (scale if name.endswith("att_k.bias") else 1e-4 * scale) for name in expected}
-    assert_all_close(actual, expected, tolerance=tolerance, floors=floors)
 
 
 def op_case(op: str, profile: str = "linear", seed: int = 5, **options: Any) -> RegionCase:
@@ -175,9 +149,9 @@ def test_checkpointed_layer(backend: str, variant: str, reentrant: bool) -> None
             return layer(x)
 
     with torch.backends.mkldnn.flags(enabled=False):
-        expected = run(layer, x, under)
+        expected = run(layer, x, call=under)
         calls.clear()
-        actual = run(layer, x, lambda x: checkpoint(under, x, use_reentrant=reentrant))
+        actual = run(layer, x, call=lambda x: checkpoint(under, x, use_reentrant=reentrant))
     assert len(calls) == 2
     assert_all_identical(actual, expected)
 
@@ -223,7 +197,7 @@ def test_checkpoint_recomputes_under_the_backend_it_is_given(backend: str) -> No
 
     with dt.backend(backend):
         expected = run(layer, x)
-    actual = run(layer, x, call)
+    actual = run(layer, x, call=call)
     assert seen == [backend, backend]
     assert current_backend() == "auto"
     assert_all_identical(actual, expected)
@@ -250,7 +224,7 @@ def test_activations_kept_elsewhere(backend: str) -> None:
     layer, x, packed = make().to(DEVICE), frames(1, 2), Packed()
     with dt.backend(backend):
         expected = run(layer, x)
-        actual = run(layer, x, lambda x: packed(layer, x))
+        actual = run(layer, x, call=lambda x: packed(layer, x))
     assert packed.count > 20
     assert_all_identical(actual, expected)
 

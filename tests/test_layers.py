@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import PROFILES, TOLERANCE, assert_all_close, assert_close, assert_identical, backends, relative_error
+from support import (
+    PROFILES,
+    TOLERANCE,
+    assert_close,
+    assert_identical,
+    assert_results_close,
+    awake,
+    backends,
+    relative_error,
+    run,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,40 +30,6 @@ import dyreg_triton as dt
 
 on_backends = pytest.mark.parametrize("backend", backends())
 SMALL: dict[str, Any] = {"grid": (2, 2), "region_channels": 8, "iterations": 2}
-
-
-def awake(layer: nn.Module) -> nn.Module:
-    """Take a layer off its start, where offsets and the residual branch are zero."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            last = name.rpartition(".")[2]
-            if last in ("offset_alpha", "scale", "bias") or name.endswith("att_bias"):
-                start = 0.7 if last in ("offset_alpha", "scale") else 0.0
-                parameter.copy_(start + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return layer
-
-
-def run(layer: nn.Module, x: Tensor, grad_output: Tensor | None = None) -> dict[str, Tensor | None]:
-    """Output and the gradients of the input and of every parameter."""
-    layer.zero_grad(set_to_none=True)
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    y.backward(
-        torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view_as(y).sin()
-        if grad_output is None
-        else grad_output
-    )
-    return {"out": y.detach(), "grad_x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
-
-
-def assert_results_close(
-    actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], tolerance: float
-) -> None:
-    """A key's bias adds the same to all scores of a query: its gradient is round-off."""
-    scale = max(t.norm().item() for name, t in expected.items() if t is not None)
-    floors = {name: (scale if name.endswith("att_k.bias") else 1e-4 * scale) for name in expected}
-    assert_all_close(actual, expected, tolerance=tolerance, floors=floors)
 
 
 # --- RSTG -----------------------------------------------------------------------------------------------------------

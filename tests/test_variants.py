@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_close, assert_identical, backends, relative_error, settings
-from test_layers import assert_results_close, awake, frames, norm, run
+from support import assert_close, assert_identical, assert_results_close, awake, backends, relative_error, run, settings
+from test_layers import frames, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
