@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import ops
 from .layers import dyreg, rstg
 from .layers.norms import ChannelAffineNorm
-from .validate import choice, flag, layer_input, positive_int
+from .validate import choice, flag, is_integer, layer_input, positive_int
 
 # dyregParams of the published code
 _PARAMS: dict[str, Any] = {
@@ -90,6 +90,7 @@ class RSTG(rstg.RSTG):
     ):
         op = "ops.rstg.RSTG"
         options = _graph_options(op, _params(op, params), rnn_type, iterations)
+        flag(op, "keep_regions", keep_regions)
         super().__init__(positive_int(op, "node_dim", node_dim), **options)
         self.num_nodes = positive_int(op, "num_nodes", num_nodes)
 
@@ -139,6 +140,8 @@ class DynamicGraph(dyreg.DynamicGraph):
         for key, value in sizes.items():
             positive_int(op, key, value)
         graph = _graph_options(op, chosen, rnn_type, iterations)
+        flag(op, "project_i3d", project_i3d)
+        flag(op, "keep_regions", keep_regions)
         if not project_i3d and node_dim != backbone_dim:
             raise ValueError(
                 f"{op}: node_dim is {node_dim} and backbone_dim {backbone_dim} with project_i3d False; "
@@ -149,9 +152,7 @@ class DynamicGraph(dyreg.DynamicGraph):
             if iH is None or iW is None:
                 raise ValueError(f"{op}: iH is {iH!r} and iW {iW!r}; accepted with full_res are positive integers")
             train_size = positive_int(op, "iH", iH), positive_int(op, "iW", iW)
-        flag(op, "project_i3d", project_i3d)
-        flag(op, "keep_regions", keep_regions)
-        if num_nodes not in (None, h * w):
+        if num_nodes is not None and not (is_integer(num_nodes) and num_nodes == h * w):
             raise ValueError(f"{op}: num_nodes is {num_nodes!r}; accepted is h * w = {h * w}")
         super().__init__(
             backbone_dim,
@@ -221,7 +222,14 @@ class DynamicGraphWrapper(nn.Module):
         **ours: Any,
     ):
         super().__init__()
-        positive_int("ops.dyreg.DynamicGraphWrapper", "in_channels", in_channels)
+        op = "ops.dyreg.DynamicGraphWrapper"
+        positive_int(op, "in_channels", in_channels)
+        _graph_options(op, _params(op, params), ours.get("rnn_type", "LSTM"), ours.get("iterations", 3))
+        if not flag(op, "project_i3d", project_i3d) and positive_int(op, "node_dim", node_dim) != in_channels:
+            raise ValueError(
+                f"{op}: node_dim is {node_dim} and in_channels {in_channels} with project_i3d False; "
+                "accepted without projection are equal ones"
+            )
         self.dynamic_graph = DynamicGraph(
             params, in_channels, H, W, oH, oW, iH, iW, h, w, node_dim, out_num_ch, project_i3d, name, **ours
         )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .validate import describe
+from .validate import as_device, describe, flag
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -95,6 +95,8 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in accepted:
         return f"its kernels take {', '.join(str(t)[6:] for t in accepted)}, not {str(dtype)[6:]}"
     if device.type == "cuda" and not interpreted:
+        if (device.index or 0) >= torch.cuda.device_count():
+            return f"torch sees no GPU {device}"
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < MIN_CAPABILITY:
             return f"GPU {device} has compute capability {capability}; the kernels need {MIN_CAPABILITY} or later"
@@ -112,11 +114,12 @@ def can_run(name: str, *, device: torch.device | str, dtype: torch.dtype, raise_
 
     With `raise_error=True` a refusal raises RuntimeError with the reason instead of returning False.
     """
-    if name not in BACKENDS[1:]:
+    if not isinstance(name, str) or name not in BACKENDS[1:]:
         raise ValueError(f"can_run: name is {name!r}; accepted are {', '.join(map(repr, BACKENDS[1:]))}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"can_run: dtype is {dtype!r}; accepted is a torch.dtype")
-    reason = why_not(name, torch.device(device), dtype)
+    flag("can_run", "raise_error", raise_error)
+    reason = why_not(name, as_device("can_run", device), dtype)
     if reason is not None and raise_error:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     return reason is None

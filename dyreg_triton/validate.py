@@ -3,10 +3,9 @@ the shapes of the call. They run before anything is launched."""
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +14,9 @@ from .autocast import autocast_is_on
 
 PROFILES = ("linear", "gaussian", "log-linear")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OPERANDS = {"region_pool": ("x", "regions"), "region_remap": ("nodes", "regions"), "region_kernel": ("regions",)}
+_CELLS = 2**40  # a map, or grid, of more fits into no memory; torch would fill an axis of it before it says so
+_SMALLEST, _LARGEST = 1e-15, 1e15  # of a factor; its square is within float32
 
 
 def describe(tensors: Mapping[str, object]) -> str:
@@ -24,15 +26,23 @@ def describe(tensors: Mapping[str, object]) -> str:
         if isinstance(t, Tensor):
             parts.append(f"{name} {what(t)}")
         else:
-            parts.append(f"{name} {t!r}")
+            parts.append(f"{name} {t!r:.200}")
     return ", ".join(parts)
 
 
 def what(value: object) -> str:
     """A tensor's shape, dtype and device, or the repr of anything else."""
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {str(value.dtype)[6:]} {value.device}"
-    return repr(value)
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if value.is_nested:
+        return "a nested tensor"
+    layout = "" if value.layout == torch.strided else f" {value.layout}"
+    return f"{tuple(value.shape)} {str(value.dtype)[6:]} {value.device}{layout}"
+
+
+def is_dense(value: object) -> TypeGuard[Tensor]:
+    """Whether `value` is a tensor with strides and one shape."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
 
 
 def is_integer(value: object) -> bool:
@@ -42,8 +52,8 @@ def is_integer(value: object) -> bool:
 
 def positive_int(op: str, name: str, value: Any) -> Any:
     """`value` as an int > 0."""
-    if not is_integer(value) or value <= 0:
-        raise ValueError(f"{op}: {name} is {value!r}; accepted is an integer > 0")
+    if not is_integer(value) or not 0 < value < 2**31:
+        raise ValueError(f"{op}: {name} is {value!r}; accepted is an integer > 0 and below 2**31")
     return value if isinstance(value, torch.SymInt) else int(value)
 
 
@@ -59,10 +69,13 @@ def layer_input(op: str, name: str, x: object, parameter: Tensor, shape: tuple[i
 
     Under autocast any floating dtype will do. `form` says the accepted shape in words.
     """
-    if not isinstance(x, Tensor) or x.layout != torch.strided:
-        raise TypeError(f"{op}: {name} is {type(x).__name__}; accepted is a dense torch.Tensor {form}")
+    if not is_dense(x):
+        given = what(x) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{op}: {name} is {given}; accepted is a dense torch.Tensor {form}")
     if x.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, x.shape, strict=True)):
         raise ValueError(f"{op}: {name} is {what(x)}; accepted is {form}")
+    if x.device != parameter.device:
+        raise ValueError(f"{op}: {name} is {what(x)}; accepted is the layer's device, {parameter.device}")
     if x.dtype != parameter.dtype and not (x.is_floating_point() and autocast_is_on(x.device.type)):
         raise TypeError(
             f"{op}: {name} is {what(x)}; accepted is the layer's dtype, {str(parameter.dtype)[6:]}, "
@@ -87,20 +100,73 @@ def choice(
 def pair(op: str, name: str, value: object, call: Mapping[str, object] | None = None) -> tuple[int, int]:
     """`value` as two positive integers (rows, columns)."""
     if isinstance(value, (tuple, list, torch.Size)) and len(value) == 2 and all(map(is_integer, value)):
-        rows, columns = value
-        if rows > 0 and columns > 0:
+        rows, columns = cast(tuple[int, int], (v if isinstance(v, torch.SymInt) else int(v) for v in value))
+        symbolic = any(isinstance(v, torch.SymInt) for v in value)
+        if rows > 0 and columns > 0 and (symbolic or rows * columns < _CELLS):
             return rows, columns
-    raise ValueError(f"{op}: {name} is {value!r}; accepted are two positive integers (rows, columns){_of(call)}")
+    raise ValueError(
+        f"{op}: {name} is {what(value)}; accepted are two positive integers (rows, columns), "
+        f"fewer than 2**40 cells{_of(call)}"
+    )
 
 
 def positive_number(op: str, name: str, value: Any, call: Mapping[str, object] | None = None) -> Any:
     """`value` as a finite number > 0."""
     error: type[Exception] = TypeError
     if isinstance(value, (int, float, torch.SymFloat)) and not isinstance(value, bool):
-        if 0 < value < math.inf:
+        if _SMALLEST <= value <= _LARGEST:
             return value
         error = ValueError
-    raise error(f"{op}: {name} is {value!r}; accepted is a finite number > 0{_of(call)}")
+    raise error(f"{op}: {name} is {value!r}; accepted is a number > 0, from 1e-15 to 1e15{_of(call)}")
+
+
+def as_device(op: str, value: Any) -> torch.device:
+    """`value` as a torch.device."""
+    error: type[Exception] = TypeError
+    if isinstance(value, (str, torch.device)):
+        try:
+            return torch.device(value)
+        except RuntimeError:
+            error = ValueError
+    raise error(f"{op}: device is {value!r}; accepted is a torch.device or the name of one")
+
+
+def function(op: str, name: str, value: Any) -> Any:
+    """`value` as something that can be called."""
+    if not callable(value):
+        raise TypeError(f"{op}: {name} is {value!r}; accepted is a callable")
+    return value
+
+
+def mapping(op: str, name: str, value: Any) -> Mapping[str, Any]:
+    """`value` as a mapping from names."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, {what(value)}; accepted is a mapping from names")
+    return value
+
+
+def shape_of(op: str, name: str, value: Any) -> tuple[int, ...]:
+    """`value` as a tensor's shape."""
+    if not isinstance(value, (tuple, list)) or not all(is_integer(n) and 0 <= n < 2**31 for n in value):
+        raise ValueError(f"{op}: {name} is {what(value)}; accepted is a tuple of integers >= 0 and below 2**31")
+    return tuple(value)
+
+
+def seed_of(op: str, value: Any) -> int:
+    """`value` as the seed of a generator."""
+    if not is_integer(value) or not 0 <= value < 2**63 - 1:
+        raise ValueError(f"{op}: seed is {what(value)}; accepted is an integer >= 0 and below 2**63")
+    return int(value)
+
+
+def dtypes_of(op: str, value: Any) -> tuple[torch.dtype, ...]:
+    """`value` as one dtype or more."""
+    error: type[Exception] = TypeError
+    if isinstance(value, (tuple, list)) and all(isinstance(t, torch.dtype) for t in value):
+        if value:
+            return tuple(value)
+        error = ValueError
+    raise error(f"{op}: dtypes is {what(value)}; accepted is one torch.dtype or more")
 
 
 def profile_arguments(op: str, profile: object, temperature: object, call: Mapping[str, object] | None = None) -> None:
@@ -123,16 +189,15 @@ def region_arguments(
 
     Raises TypeError for arguments of the wrong type or dtype and ValueError for wrong values, ranks and shapes.
     """
-    call: dict[str, object] = {
-        name: t for name, t in (("x", x), ("nodes", nodes), ("regions", regions)) if t is not None
-    }
+    tensors = {"x": x, "nodes": nodes, "regions": regions}
+    call: dict[str, object] = {name: tensors[name] for name in OPERANDS[op]}
     if size is not None:
         call["size"] = size
     for name, t in call.items():
-        if name != "size" and (not isinstance(t, Tensor) or t.layout != torch.strided):
+        if name != "size" and not is_dense(t):
             raise TypeError(
-                f"{op}: {name} is a {type(t).__name__}{f' of layout {t.layout}' if isinstance(t, Tensor) else ''}; "
-                f"accepted is a dense torch.Tensor; call: {describe(call)}"
+                f"{op}: {name} is {what(t)}, a {type(t).__name__}; accepted is a dense torch.Tensor; "
+                f"call: {describe(call)}"
             )
     profile_arguments(op, profile, temperature, call)
 

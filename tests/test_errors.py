@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
+import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from support import DEVICE, REGION_OPS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyreg_triton as dt
-from dyreg_triton.dispatch import can_run
+from dyreg_triton import testing
+from dyreg_triton.dispatch import can_run, current_backend
+from dyreg_triton.testing import strategies
 
 
 def saying(*parts: object) -> str:
@@ -28,7 +34,7 @@ class NothingRuns(TorchDispatchMode):
         raise AssertionError(f"{func} ran before the arguments were refused")
 
 
-def refused(error: type[Exception], *parts: object):
+def refused(error: type[Exception] | tuple[type[Exception], ...], *parts: object):
     return pytest.raises(error, match=saying(*parts))
 
 
@@ -491,3 +497,346 @@ def test_can_run_takes_a_dtype() -> None:
 def test_compat_dimensions_without_projection() -> None:
     with refused(ValueError, "ops.dyreg.DynamicGraph", "node_dim is 8", "backbone_dim 16", "project_i3d False"):
         dt.compat.build("ops.dyreg.DynamicGraph", H=8, W=8, node_dim=8, backbone_dim=16)
+
+
+# --- what a fuzzer found --------------------------------------------------------------------------------------------
+
+HUGE = 2**63
+
+
+@pytest.mark.parametrize("module", [dt.ops, dt.reference], ids=["ops", "reference"])
+def test_none_for_a_tensor(module: Any) -> None:
+    """None is an argument like any other, and not one left out."""
+    regions = ones(2, 4, 4)
+    with refused(TypeError, "region_pool", "x is", "None", "Tensor", "regions (2, 4, 4)"), NothingRuns():
+        module.region_pool(None, regions)
+    with refused(TypeError, "region_remap", "nodes is", "None", "Tensor", "regions (2, 4, 4)"), NothingRuns():
+        module.region_remap(None, regions, (5, 6))
+    with refused(TypeError, "region_kernel", "regions is", "None", "Tensor"), NothingRuns():
+        module.region_kernel(None, (5, 6))
+    with refused(TypeError, "region_pool", "regions is", "None", "Tensor", "x (2, 3, 5, 6)"):
+        module.region_pool(ones(2, 3, 5, 6), None)
+
+
+def test_nested_tensors() -> None:
+    """They are strided, and have no shape that could be told."""
+    given = torch.nested.nested_tensor([torch.ones(4, 4), torch.ones(3, 4)])
+    for function in (
+        lambda: dt.ops.region_kernel(given, (5, 6)),
+        lambda: dt.ops.region_pool(given, torch.ones(2, 4)),
+        lambda: dt.ops.region_remap(given, torch.ones(2, 4), (5, 6)),
+        lambda: dt.layers.RSTG(4)(given),
+        lambda: dt.layers.regions_from_offsets(given, grid=(2, 2), size=(5, 6)),
+        lambda: testing.Guarded(given),
+        lambda: testing.assert_close(given, given),
+    ):
+        with pytest.raises(TypeError, match=saying("nested", "accepted")):
+            function()
+
+
+@pytest.mark.parametrize("op", ["region_remap", "region_kernel"])
+@pytest.mark.parametrize("size", [torch.Size([5, 0]), {5, 6}, b"56", [[5], 6], (HUGE, 6), (10**30, 1), (10**9, 10**9)])
+def test_size_of_another_kind(op: str, size: object) -> None:
+    """One that no memory holds is as wrong as none: asked for it, torch would fill all memory with an axis of it."""
+    with refused(ValueError, op, "size", repr(size), "two positive integers", *CALLS[op]):
+        call(op, size=size)
+
+
+@pytest.mark.parametrize("op", ["region_remap", "region_kernel"])
+@pytest.mark.parametrize("size", [torch.ones(2), torch.tensor([5, 6]), np.array([5, 6]), np.array([[5, 6]])])
+def test_size_is_no_array(op: str, size: object) -> None:
+    with refused(ValueError, op, "size", "two positive integers", *CALLS[op]):
+        call(op, size=size)
+
+
+@pytest.mark.parametrize("op", REGION_OPS)
+@pytest.mark.parametrize("temperature", [1e39, 1e-50, 10**60, 10**400], ids=["1e39", "1e-50", "1e60", "1e400"])
+def test_temperature_beyond_float32(op: str, temperature: float) -> None:
+    with refused(ValueError, op, "temperature", repr(temperature), "accepted", *CALLS[op]):
+        call(op, temperature=temperature)
+
+
+@pytest.mark.parametrize("op", REGION_OPS)
+def test_temperature_is_no_tensor(op: str) -> None:
+    temperature = torch.tensor(2.0)
+    with refused(TypeError, op, "temperature", "tensor(2.)", "number > 0", *CALLS[op]):
+        call(op, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"regions": "moving"}, ("regions", "'moving'", "'full'", "'constant_time'", "'semantic'")),
+        ({"regions": None}, ("regions", "None", "'full'")),
+        ({"regions": ["full"]}, ("regions", "['full']", "'full'")),
+        ({"size_ratio": 0}, ("size_ratio", "0", "number > 0")),
+        ({"size_ratio": -6.0}, ("size_ratio", "-6.0", "number > 0")),
+        ({"size_ratio": float("nan")}, ("size_ratio", "nan", "number > 0")),
+        ({"size_ratio": float("inf")}, ("size_ratio", "inf", "number > 0")),
+        ({"size_ratio": "6"}, ("size_ratio", "'6'", "number > 0")),
+        ({"size_ratio": (5, 6)}, ("size_ratio", "(5, 6)", "number > 0")),
+        ({"size_ratio": True}, ("size_ratio", "True", "number > 0")),
+        ({"connection": "parallel"}, ("connection", "'parallel'", "'residual'", "'serial'")),
+        ({"connection": None}, ("connection", "None", "'residual'", "'serial'")),
+        ({"return_regions": "no"}, ("return_regions", "'no'", "True and False")),
+        ({"init": 3}, ("init", "3", "'center'", "'grid'")),
+        ({"project": 1}, ("project", "1", "True and False")),
+        ({"region_channels": HUGE}, ("region_channels", HUGE, "integer > 0")),
+        ({"in_channels": 10**30}, ("in_channels", 10**30, "integer > 0")),
+        ({"size": (6, HUGE)}, ("size", (6, HUGE), "two positive integers")),
+        ({"grid": (HUGE, 1)}, ("grid", (HUGE, 1), "two positive integers")),
+    ],
+    ids=str,
+)
+def test_variants_of_dyreg(arguments: dict, parts: tuple[object, ...]) -> None:
+    with pytest.raises((TypeError, ValueError), match=saying("DyReG", *parts)):
+        dt.layers.DyReG(**({"in_channels": 4, "size": (6, 7), **SMALL} | arguments))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8], ids=lambda kind: kind.__name__)
+def test_integers_of_numpy_count(kind: Callable[[int], Any]) -> None:
+    four = kind(4)
+    layer = dt.layers.DyReG(four, (kind(6), four), grid=(kind(1), 2), node_channels=four, region_channels=kind(2))
+    assert layer(torch.ones(1, 2, 4, 6, 4)).shape == (1, 2, 4, 6, 4)
+    assert dt.layers.RSTG(four, iterations=kind(1), send_layers=kind(1))(torch.ones(1, 2, 3, 4)).shape == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("value", ["no", 1, torch.tensor([True, False]), ...])
+def test_return_regions_of_a_call(value: object) -> None:
+    layer, x = dt.layers.DyReG(4, (6, 7), **SMALL), torch.ones(1, 2, 4, 6, 7)
+    with refused(ValueError, "DyReG", "return_regions", repr(value), "True and False"), NothingRuns():
+        layer(x, return_regions=value)
+
+
+@pytest.mark.parametrize("regions", ["full", "grid", "semantic"])
+def test_device_of_layers(regions: str) -> None:
+    layer, x = dt.layers.DyReG(4, (6, 7), regions=regions, **SMALL), torch.ones(1, 2, 4, 6, 7, device="meta")
+    with refused((TypeError, ValueError), "DyReG", "x is (1, 2, 4, 6, 7)", "meta", "accepted", "cpu"), NothingRuns():
+        layer(x)
+    rstg, nodes = dt.layers.RSTG(4), torch.ones(1, 2, 3, 4, device="meta")
+    with refused((TypeError, ValueError), "RSTG", "nodes is (1, 2, 3, 4)", "meta", "accepted", "cpu"), NothingRuns():
+        rstg(nodes)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "arguments", "error", "parts"),
+    [
+        (torch.zeros(4, 4).to_sparse(), {}, TypeError, ("offsets", "sparse", "floating")),
+        (torch.zeros(4, 4).to(torch.float8_e5m2), {}, TypeError, ("offsets", "float8_e5m2", "float32")),
+        (torch.zeros(4, 4), {"size_ratio": 0}, ValueError, ("size_ratio", "0", "number > 0", "offsets (4, 4)")),
+        (torch.zeros(4, 4), {"size_ratio": "6"}, TypeError, ("size_ratio", "'6'", "number > 0", "offsets (4, 4)")),
+        (torch.zeros(4, 4), {"size_ratio": 10**400}, ValueError, ("size_ratio", "number > 0", "offsets (4, 4)")),
+        (torch.zeros(4, 4), {"size": (HUGE, 6)}, ValueError, ("size", (HUGE, 6), "two positive integers")),
+        (torch.zeros(4, 4), {"grid": torch.ones(2)}, ValueError, ("grid", "two positive integers", "offsets (4, 4)")),
+    ],
+    ids=["sparse", "float8", "zero", "text", "endless", "huge", "tensor"],
+)
+def test_offsets_and_ratio(offsets: Any, arguments: dict, error: type[Exception], parts: tuple[object, ...]) -> None:
+    with refused(error, "regions_from_offsets", *parts), NothingRuns():
+        dt.layers.regions_from_offsets(offsets, **({"grid": (2, 2), "size": (5, 6)} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"project_i3d": np.array([1, 0])}, ("project_i3d", "True and False")),
+        ({"project_i3d": torch.ones(2)}, ("project_i3d", "True and False")),
+        ({"project_i3d": "no"}, ("project_i3d", "'no'", "True and False")),
+        ({"num_nodes": torch.ones(2)}, ("num_nodes", "h * w")),
+        ({"num_nodes": np.array([1, 9])}, ("num_nodes", "h * w")),
+        ({"num_nodes": "9"}, ("num_nodes", "'9'", "h * w")),
+        ({"H": 10**30}, ("H", 10**30, "integer > 0")),
+        ({"params": {None: 1}}, ("params", "None", "offset_lstm_dim")),
+        ({"params": types.SimpleNamespace(offset_lstm_dim=2.5)}, ("params.offset_lstm_dim", "2.5", "integer > 0")),
+        ({None: 1}, ("DynamicGraph", "None", "backbone_dim")),
+    ],
+    ids=str,
+)
+def test_compat_arguments_that_are_hard_to_compare(arguments: dict, parts: tuple[object, ...]) -> None:
+    with pytest.raises((TypeError, ValueError), match=saying(*parts)):
+        dt.compat.build("ops.dyreg.DynamicGraph", {"backbone_dim": 4, "node_dim": 4, **arguments})
+
+
+def test_wrapper_names_its_own_dimension() -> None:
+    with refused(ValueError, "ops.dyreg.DynamicGraphWrapper", "node_dim is 8", "in_channels 16", "project_i3d False"):
+        dt.compat.build("ops.dyreg.DynamicGraphWrapper", node_dim=8, in_channels=16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "parts"),
+    [
+        ({"name": np.array(["eager", "triton"])}, ValueError, ("name", "'triton'", "'reference'")),
+        ({"device": None}, TypeError, ("device", "None", "torch.device")),
+        ({"device": torch.ones(2)}, TypeError, ("device", "torch.device")),
+        ({"device": "gpu"}, ValueError, ("device", "'gpu'", "torch.device")),
+        ({"device": ""}, ValueError, ("device", "''", "torch.device")),
+        ({"device": "cpu:-1"}, ValueError, ("device", "'cpu:-1'", "torch.device")),
+        ({"dtype": None}, TypeError, ("dtype", "None", "torch.dtype")),
+        ({"raise_error": "no"}, ValueError, ("raise_error", "'no'", "True and False")),
+    ],
+    ids=str,
+)
+def test_arguments_of_can_run(arguments: dict, error: type[Exception], parts: tuple[object, ...]) -> None:
+    with refused(error, "can_run", *parts):
+        can_run(**({"name": "triton", "device": "cpu", "dtype": torch.float32} | arguments))
+
+
+@pytest.mark.parametrize("name", ["eager", "reference"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:77"])
+def test_can_run_of_a_device_that_is_not_there(name: str, device: str) -> None:
+    """A question has an answer on any machine."""
+    assert can_run(name, device=device, dtype=torch.float32) in (True, False)
+    answer = can_run("triton", device=device, dtype=torch.float32)
+    assert answer is (device == "cuda" and torch.cuda.is_available() and answer)
+    if not answer:
+        with refused(RuntimeError, "'triton' cannot run here"):
+            can_run("triton", device=device, dtype=torch.float32, raise_error=True)
+
+
+def test_backend_refused_changes_nothing() -> None:
+    with dt.backend("eager"):
+        with refused(ValueError, "backend", "'fast'"):
+            dt.backend("fast")
+        assert current_backend() == "eager"
+    assert current_backend() == "auto"
+
+
+# --- the testing kit ------------------------------------------------------------------------------------------------
+
+A = torch.ones(2, 3)
+SPEC = testing.TensorSpec((2, 3))
+NAMED = strategies.tensor("N")
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "parts"),
+    [
+        ("relative_error", {"actual": None}, TypeError, ("actual", "None", "Tensor")),
+        ("relative_error", {"expected": [1.0]}, TypeError, ("expected", "[1.0]", "Tensor")),
+        ("relative_error", {"expected": torch.ones(())}, ValueError, ("expected", "()", "(2, 3)")),
+        ("relative_error", {"floor": -1.0}, ValueError, ("floor", "-1.0", "number >= 0")),
+        ("relative_error", {"floor": "0"}, ValueError, ("floor", "'0'", "number >= 0")),
+        ("mismatch", {"tolerance": "1"}, ValueError, ("tolerance", "'1'", "number >= 0")),
+        ("mismatch", {"tolerance": float("nan")}, ValueError, ("tolerance", "nan", "number >= 0")),
+        ("mismatch", {"tolerance": {}}, ValueError, ("tolerance", "{}", "number >= 0")),
+        ("mismatch", {"element": -1}, ValueError, ("element", "-1", "number >= 0")),
+        ("mismatch", {"floor": None}, ValueError, ("floor", "None", "number >= 0")),
+        ("mismatch", {"actual": A.long()}, TypeError, ("actual", "int64", "float32")),
+        ("mismatch", {"actual": A.to_sparse()}, TypeError, ("actual", "sparse", "dense")),
+        ("mismatch", {"expected": A.to_sparse()}, TypeError, ("expected", "sparse", "dense")),
+        ("mismatch", {"expected": A.to("meta")}, TypeError, ("expected", "meta")),
+        ("mismatch", {"actual": 1j * A, "expected": 2j * A, "tolerance": 0.1}, TypeError, ("actual", "complex64")),
+        ("relative_error", {"expected": 1j * A}, TypeError, ("expected", "complex64")),
+        ("assert_close", {"actual": 1.0}, TypeError, ("actual", "1.0", "Tensor")),
+        ("assert_close", {"expected": "a"}, TypeError, ("expected", "'a'", "Tensor")),
+        ("assert_identical", {"actual": None}, TypeError, ("actual", "None", "Tensor")),
+        ("assert_identical", {"expected": A.to_sparse()}, TypeError, ("expected", "sparse", "dense")),
+        ("assert_identical", {"expected": A.to("meta")}, TypeError, ("expected", "meta")),
+        ("assert_all_close", {"actual": [A]}, TypeError, ("actual", "list", "mapping")),
+        ("assert_all_close", {"expected": None}, TypeError, ("expected", "None", "mapping")),
+        ("assert_all_close", {"floors": 3}, TypeError, ("floors", "3", "mapping")),
+        ("assert_all_close", {"tolerance": -1}, ValueError, ("tolerance", "-1", "number >= 0")),
+        ("value_and_gradients", {"function": None}, TypeError, ("function", "None", "callable")),
+        ("value_and_gradients", {"function": lambda x: (x, x)}, TypeError, ("function", "tuple", "Tensor")),
+        ("value_and_gradients", {"inputs": [A]}, TypeError, ("inputs", "list", "mapping")),
+        ("value_and_gradients", {"inputs": {"x": 3}}, TypeError, ("inputs", "x", "3", "Tensor")),
+        ("value_and_gradients", {"inputs": {"x": A}, "grad_output": "1"}, TypeError, ("grad_output", "'1'", "Tensor")),
+        ("Guarded", {"values": A.long()}, TypeError, ("values", "int64", "floating")),
+        ("Guarded", {"values": [1.0]}, TypeError, ("values", "[1.0]", "floating")),
+        ("Guarded", {"values": A.to_sparse()}, TypeError, ("values", "sparse", "dense")),
+        ("Guarded", {"layout": "rows"}, ValueError, ("layout", "'rows'", "'sliced'", "values (2, 3)")),
+        ("Guarded", {"layout": None}, ValueError, ("layout", "None", "'sliced'", "values (2, 3)")),
+        ("random_regions", {"shape": 3}, ValueError, ("shape", "3", "integers >= 0")),
+        ("random_regions", {"shape": (2, -1)}, ValueError, ("shape", "(2, -1)", "integers >= 0")),
+        ("random_regions", {"size": (0, 3)}, ValueError, ("size", "(0, 3)", "two positive integers")),
+        ("random_regions", {"kind": "round"}, ValueError, ("kind", "'round'", "'covering'")),
+        ("random_regions", {"dtype": torch.int64}, ValueError, ("dtype", "int64", "float32")),
+        ("random_regions", {"dtype": np.array([1, 2])}, ValueError, ("dtype", "float32")),
+        ("random_regions", {"seed": "1"}, ValueError, ("seed", "'1'", "integer")),
+        ("random_regions", {"margin": 0.5}, ValueError, ("margin", "0.5", "accepted")),
+        ("random_regions", {"margin": "0"}, ValueError, ("margin", "'0'", "accepted")),
+        ("TensorSpec", {"shape": 3}, ValueError, ("shape", "3", "integers >= 0")),
+        ("TensorSpec", {"shape": (2, -1)}, ValueError, ("shape", "(2, -1)", "integers >= 0")),
+        ("TensorSpec", {"dtype": "float32"}, TypeError, ("dtype", "'float32'", "torch.dtype")),
+        ("TensorSpec", {"layout": "rows"}, ValueError, ("layout", "'rows'", "'sliced'")),
+        ("TensorSpec", {"seed": 1.5}, ValueError, ("seed", "1.5", "integer")),
+        ("Call", {"tensors": [SPEC]}, TypeError, ("tensors", "list", "mapping")),
+        ("Call", {"tensors": {"x": A}}, TypeError, ("tensors", "x", "TensorSpec")),
+        ("Call", {"options": None}, TypeError, ("options", "None", "mapping")),
+        ("Call", {"grad_layout": 3}, ValueError, ("grad_layout", "3", "'sliced'")),
+        ("Call", {"seed": "1"}, ValueError, ("seed", "'1'", "integer")),
+        ("Call", {"floors": 3}, TypeError, ("floors", "3", "callable")),
+        ("check_call", {"op": "relu"}, TypeError, ("op", "'relu'", "callable")),
+        ("check_call", {"reference": None}, TypeError, ("reference", "None", "callable")),
+        ("check_call", {"call": {"x": A}}, TypeError, ("call", "Call")),
+        ("check_call", {"device": torch.tensor(2)}, TypeError, ("device", "torch.device")),
+        ("check_call", {"device": "gpu"}, ValueError, ("device", "'gpu'", "torch.device")),
+        ("check_call", {"tolerance": "1"}, ValueError, ("tolerance", "'1'", "number >= 0")),
+        ("check_call", {"repeat": 1}, ValueError, ("repeat", "1", "True and False")),
+        ("check_call", {"opcheck": None}, ValueError, ("opcheck", "None", "True and False")),
+        ("check_op", {"op": None}, TypeError, ("op", "None", "callable")),
+        ("check_op", {"strategy": [1]}, TypeError, ("strategy", "[1]", "strategy")),
+        ("check_op", {"examples": 0}, ValueError, ("examples", "0", "integer > 0")),
+        ("check_op", {"examples": 2.0}, ValueError, ("examples", "2.0", "integer > 0")),
+        ("check_op", {"device": "gpu"}, ValueError, ("device", "'gpu'", "torch.device")),
+        ("check_op", {"repeat": "no"}, ValueError, ("repeat", "'no'", "True and False")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_arguments_of_the_kit(
+    function: str, arguments: dict, error: type[Exception], parts: tuple[object, ...]
+) -> None:
+    good: dict[str, dict[str, Any]] = {
+        "value_and_gradients": {"function": lambda x: x, "inputs": {"x": A}},
+        "Guarded": {"values": A},
+        "random_regions": {"shape": (2,), "size": (3, 4)},
+        "TensorSpec": {"shape": (2, 3)},
+        "Call": {"tensors": {"x": SPEC}},
+        "check_call": {"op": abs, "reference": abs, "call": testing.Call({"x": SPEC})},
+        "check_op": {"op": abs, "reference": abs, "strategy": strategies.calls(x=strategies.tensor("A"))},
+        "assert_all_close": {"actual": {"a": A}, "expected": {"a": A}},
+    }
+    with refused(error, *parts), NothingRuns():
+        getattr(testing, function)(**({**good.get(function, {"actual": A, "expected": A}), **arguments}))
+
+
+def test_quantised_tensors_have_no_bits_to_compare() -> None:
+    """torch crashes when it is asked for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.quint8)
+    with refused(TypeError, "assert_identical", "actual", "quint8"), NothingRuns():
+        testing.assert_identical(given, given)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "parts"),
+    [
+        (lambda: strategies.dims(block=0), ValueError, ("dims", "block", "0", "integer > 0")),
+        (lambda: strategies.dims(blocks="4"), ValueError, ("dims", "blocks", "'4'", "integer > 0")),
+        (lambda: strategies.dims(empty="no"), ValueError, ("dims", "empty", "'no'", "True and False")),
+        (lambda: strategies.dtypes("float32"), TypeError, ("dtypes", "'float32'", "torch.dtype")),
+        (lambda: strategies.tensor("N", "*"), ValueError, ("tensor", "dimension 1", "'*'", "a name")),
+        (lambda: strategies.tensor(-1), ValueError, ("tensor", "dimension 0", "-1", "integer >= 0")),
+        (lambda: strategies.tensor("N", dtypes=torch.half), TypeError, ("tensor", "dtypes", "float16", "torch.dtype")),
+        (lambda: strategies.tensor("N", dtypes=["half"]), TypeError, ("tensor", "dtypes", "'half'", "torch.dtype")),
+        (lambda: strategies.tensor("N", dtypes=()), ValueError, ("tensor", "dtypes", "()", "torch.dtype")),
+        (lambda: strategies.regions("N", size=("H",)), ValueError, ("regions", "size", "('H',)", "two")),
+        (lambda: strategies.regions("N", size=None), ValueError, ("regions", "size", "None", "two")),
+        (lambda: strategies.regions("N", size=("*", "H")), ValueError, ("regions", "size", "'*'", "a name")),
+        (lambda: strategies.size("2H"), ValueError, ("size", "dimension 0", "'2H'", "a name")),
+        (lambda: strategies.calls(x=3), ValueError, ("calls", "x", "strategies.tensor")),
+        (lambda: strategies.calls(x=NAMED, dims={"Q": st.just(2)}), ValueError, ("calls", "dims", "'Q'", "'N'")),
+        (lambda: strategies.calls(x=NAMED, dims={"N": 2}), TypeError, ("calls", "dims", "2", "strategy")),
+        (lambda: strategies.calls(x=NAMED, dims=["N"]), TypeError, ("calls", "dims", "['N']", "mapping")),
+        (lambda: strategies.calls(x=NAMED, dtypes=None), TypeError, ("calls", "dtypes", "None", "torch.dtype")),
+        (lambda: strategies.calls(x=NAMED, dtypes=()), ValueError, ("calls", "dtypes", "()", "torch.dtype")),
+        (lambda: strategies.calls(x=NAMED, floors=3), TypeError, ("calls", "floors", "3", "callable")),
+        (lambda: strategies.region_calls("region"), ValueError, ("region_calls", "op", "'region'", "'region_pool'")),
+        (lambda: strategies.region_calls("region_pool", dtypes=3), TypeError, ("region_calls", "dtypes", "3", "dtype")),
+    ],
+)
+def test_arguments_of_strategies(make: Callable[[], Any], error: type[Exception], parts: tuple[str, ...]) -> None:
+    """When the strategy is made, and not when something is drawn from it."""
+    with refused(error, *parts):
+        make()

@@ -70,7 +70,7 @@ class DynamicGraph(nn.Module):
         unknown = sorted(set(graph) - set(GRAPH_OPTIONS))
         if unknown:
             raise TypeError(f"{op}: unknown arguments {unknown}; help(dyreg_triton.layers.DyReG) lists those accepted")
-        self.in_channels = positive_int(op, "in_channels", in_channels)
+        self.in_channels = in_channels = positive_int(op, "in_channels", in_channels)
         self.channels = positive_int(op, "node_channels", in_channels if node_channels is None else node_channels)
         self.size = pair(op, "size", size)
         self.grid = pair(op, "grid", grid)
@@ -84,7 +84,7 @@ class DynamicGraph(nn.Module):
         self.generator = choice(op, "generator", generator, GENERATORS)
         self.weights_over = choice(op, "weights_over", weights_over, ("locations", "nodes"))
         choice(op, "recurrence", recurrence, RECURRENCES)
-        positive_int(op, "region_channels", region_channels)
+        region_channels = positive_int(op, "region_channels", region_channels)
         flag(op, "offset_bias", offset_bias)
         self.project = self.channels != in_channels if project is None else flag(op, "project", project)
         if not self.project and self.channels != in_channels:
@@ -308,9 +308,9 @@ class DyReG(nn.Module):
         return self.dynamic_graph.kernels(self.dynamic_graph.regions(self.dynamic_graph.project_in(x)))
 
     def forward(self, x: Tensor, *, return_regions: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        wanted = self.return_regions if return_regions is None else flag("DyReG", "return_regions", return_regions)
         y, regions = self.dynamic_graph(x)
         y = self.norm_dict["residual_norm"](y.flatten(0, 1)).unflatten(0, x.shape[:2])
         if self.connection == "residual":
             y = x + y
-        wanted = self.return_regions if return_regions is None else return_regions
         return (y, regions) if wanted else y

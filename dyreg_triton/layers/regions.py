@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validate import choice, pair, positive_number, what
+from ..validate import FLOATS, choice, is_dense, pair, positive_number, what
 
 INITS = ("center", "grid")
 RULES = ("published", "paper")
@@ -91,8 +91,11 @@ def regions_from_offsets(
         ValueError: a wrong shape, grid, size, init, rule or size_ratio.
     """
     op = "regions_from_offsets"
-    if not isinstance(offsets, Tensor) or not offsets.is_floating_point():
-        raise TypeError(f"{op}: offsets is {what(offsets)}; accepted is a floating tensor (*, N, 4)")
+    if not is_dense(offsets) or offsets.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: offsets is {what(offsets)}; accepted is a dense floating tensor (*, N, 4): "
+            "float16, bfloat16, float32 or float64"
+        )
     call = {"offsets": offsets, "grid": grid, "size": size}
     grid, size = pair(op, "grid", grid, call), pair(op, "size", size, call)
     choice(op, "init", init, INITS, call)

@@ -68,7 +68,7 @@ class RSTG(nn.Module):
         order: str = "space-time",
     ):
         super().__init__()
-        self.channels = positive_int("RSTG", "channels", channels)
+        self.channels = channels = positive_int("RSTG", "channels", channels)
         self.iterations = positive_int("RSTG", "iterations", iterations)
         choice("RSTG", "recurrence", recurrence, RECURRENCES)
         self.combine = choice("RSTG", "combine", combine, COMBINATIONS)

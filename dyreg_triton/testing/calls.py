@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import can_run
-from .memory import Guarded
+from ..validate import as_device, choice, function, mapping, seed_of, shape_of, what
+from .memory import LAYOUTS, Guarded
 
 Floors = Callable[[Mapping[str, Tensor], Tensor], Mapping[str, float]]
 
@@ -30,9 +31,16 @@ class TensorSpec:
     layout: str = "contiguous"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        shape_of("TensorSpec", "shape", self.shape)
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"TensorSpec: dtype is {what(self.dtype)}; accepted is a torch.dtype")
+        choice("TensorSpec", "layout", self.layout, LAYOUTS)
+        seed_of("TensorSpec", self.seed)
+
     def values(self) -> Tensor:
         """The values, contiguous, on the CPU."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         if not self.dtype.is_floating_point:
             return torch.randint(8, self.shape, generator=generator).to(self.dtype)
         return torch.randn(self.shape, generator=generator).to(self.dtype)
@@ -57,8 +65,19 @@ class Call:
     seed: int = 0
     floors: Floors | None = field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        for name, spec in mapping("Call", "tensors", self.tensors).items():
+            if not isinstance(spec, TensorSpec):
+                raise TypeError(f"Call: tensors[{name!r}] is {what(spec)}; accepted is a TensorSpec")
+        mapping("Call", "options", self.options)
+        choice("Call", "grad_layout", self.grad_layout, LAYOUTS)
+        seed_of("Call", self.seed)
+        if self.floors is not None:
+            function("Call", "floors", self.floors)
+
     def inputs(self, device: torch.device | str) -> dict[str, Guarded | Tensor]:
         """The tensors on `device`; the floating ones in poisoned memory."""
+        device = as_device("Call.inputs", device)
         made: dict[str, Guarded | Tensor] = {}
         for name, spec in self.tensors.items():
             values = spec.values().to(device)
@@ -67,6 +86,6 @@ class Call:
 
     def cotangent(self, out: Tensor) -> Guarded:
         """A random incoming gradient for the output `out`, in poisoned memory."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
+        generator = torch.Generator().manual_seed(int(self.seed) + 1)
         values = torch.randn(out.shape, generator=generator).to(out.dtype).to(out.device)
         return Guarded(values, self.grad_layout)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..validate import flag, is_integer
+from ..validate import as_device, flag, is_integer
 from .calls import Call, default_device
-from .comparators import TOLERANCE, assert_all_close, assert_identical
+from .comparators import TOLERANCE, _bound, assert_all_close, assert_identical
 from .memory import Guarded, poisoned_outputs
 
 _TORCHS_OWN = ("aten", "prim", "prims", "profiler", "inductor", "_c10d_functional", "c10d", "triton")
@@ -100,8 +100,14 @@ def check_call(
         raise TypeError(f"check_call: call is {call!r}; accepted is a dyreg_triton.testing.Call")
     flag("check_call", "repeat", repeat)
     flag("check_call", "opcheck", opcheck)
+    for name, bound in (("tolerance", tolerance), ("element", element)):
+        if bound is not None:
+            _bound("check_call", name, bound)
     known = set() if _known is None else _known
-    made = call.inputs(default_device() if device is None else device)
+    device = default_device() if device is None else as_device("check_call", device)
+    if device.type == "meta":
+        raise ValueError("check_call: device is meta; accepted is a torch.device that holds data")
+    made = call.inputs(device)
     plain = {name: t.tensor if isinstance(t, Guarded) else t for name, t in made.items()}
 
     exact = {name: t.detach().double().requires_grad_() if t.is_floating_point() else t for name, t in plain.items()}
@@ -188,6 +194,14 @@ def check_op(
         raise TypeError(f"check_op: strategy is {strategy!r}; accepted is a Hypothesis strategy of Call")
     if not is_integer(examples) or examples < 1:
         raise ValueError(f"check_op: examples is {examples!r}; accepted is an integer > 0")
+    flag("check_op", "repeat", repeat)
+    flag("check_op", "opcheck", opcheck)
+    if device is not None:
+        as_device("check_op", device)
+    for name, bound in (("tolerance", tolerance), ("element", element)):
+        if bound is not None:
+            _bound("check_op", name, bound)
+    examples = int(examples)
     known: set = set()
 
     @settings(examples)

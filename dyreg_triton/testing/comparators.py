@@ -8,17 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validate import what
+from ..validate import function as callable_function
+from ..validate import is_dense, mapping, what
 
 # relative L2 error that rounding in this dtype explains, with sums accumulated in float32
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-10}
 
 
+def _comparable(op: str, name: str, t: object, *, real: bool = True) -> None:
+    """Check that `t` is a tensor whose values can be looked at one by one."""
+    if not is_dense(t) or t.is_meta or t.is_quantized or (real and t.is_complex()):
+        kind = "a dense, real torch.Tensor with data" if real else "a dense torch.Tensor with data"
+        raise TypeError(f"{op}: {name} is {what(t)}; accepted is {kind}")
+
+
+def _bound(op: str, name: str, bound: object) -> None:
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < 1e300:
+        raise ValueError(f"{op}: {name} is {bound!r}; accepted is a number >= 0")
+
+
 def relative_error(actual: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
-    """||actual - expected|| / max(||expected||, floor), in float64; 0 / 0 is 0."""
+    """||actual - expected|| / max(||expected||, floor), in float64; 0 / 0 is 0.
+
+    Raises TypeError for what is no tensor, and ValueError for another shape or a negative floor.
+    """
+    _comparable("relative_error", "actual", actual)
+    _comparable("relative_error", "expected", expected)
+    _bound("relative_error", "floor", floor)
+    if actual.shape != expected.shape:
+        raise ValueError(
+            f"relative_error: expected has shape {tuple(expected.shape)}; accepted is that of actual, "
+            f"{tuple(actual.shape)}"
+        )
+    return _error(actual, expected, floor)
+
+
+def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
     actual, expected = _double(actual), _double(expected)
     difference = (actual - expected).norm().item()
-    return difference and difference / max(expected.norm().item(), floor, 1e-300)
+    return difference and difference / max(expected.norm().item(), float(floor), 1e-300)
 
 
 def _double(t: Tensor) -> Tensor:
@@ -47,8 +75,11 @@ def mismatch(
         ValueError: a negative bound.
     """
     for name, t in (("actual", actual), ("expected", expected)):
-        if t is not None and not isinstance(t, Tensor):
-            raise TypeError(f"assert_close: {name} is {what(t)}; accepted is a torch.Tensor or None")
+        if t is not None:
+            _comparable("assert_close", name, t)
+    for name, bound in (("tolerance", tolerance), ("element", element), ("floor", floor)):
+        if bound is not None or name == "floor":
+            _bound("assert_close", name, bound)
     if actual is None or expected is None:
         return None if actual is expected else f"is {'absent' if actual is None else 'present'}"
     if tolerance is None:
@@ -60,24 +91,22 @@ def mismatch(
             )
         tolerance = TOLERANCE[actual.dtype]
     element = 4 * tolerance if element is None else element
-    for name, bound in (("tolerance", tolerance), ("element", element), ("floor", floor)):
-        if not isinstance(bound, (int, float)) or not bound >= 0:
-            raise ValueError(f"assert_close: {name} is {bound!r}; accepted is a number >= 0")
 
     if actual.shape != expected.shape:
         return f"has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    if not expected.isfinite().all():
+    if not _double(expected).isfinite().all():
         return "cannot be compared: the expected values are not finite"
-    if not actual.isfinite().all():
-        return f"has {(~actual.isfinite()).sum().item()} of {actual.numel()} values not finite"
-    error = relative_error(actual, expected, floor=floor)
+    finite = _double(actual).isfinite()
+    if not finite.all():
+        return f"has {(~finite).sum().item()} of {actual.numel()} values not finite"
+    error = _error(actual, expected, floor)
     if error > tolerance:
         if not expected.any() and not floor:
             return (
                 f"is up to {_double(actual).abs().max().item():.3g} where 0 is expected; where that is a difference "
                 "of larger terms, give their norm as a floor"
             )
-        if not actual.any():
+        if not _double(actual).any():
             return f"is all zero where the expected norm is {_double(expected).norm().item():.3g}"
         return f"has relative error {error:.3g} > {tolerance:.3g}"
     if actual.numel():
@@ -107,6 +136,8 @@ def assert_all_close(
     floors: Mapping[str, float] | None = None,
 ) -> None:
     """`assert_close` of every entry; the failure lists every entry that is wrong."""
+    for name, entries in (("actual", actual), ("expected", expected), ("floors", {} if floors is None else floors)):
+        mapping("assert_all_close", name, entries)
     assert actual.keys() == expected.keys(), f"entries differ: {sorted(actual.keys() ^ expected.keys())}"
     floors = floors or {}
     problems = {
@@ -120,8 +151,7 @@ def assert_all_close(
 def assert_identical(actual: Tensor, expected: Tensor, name: str = "result") -> None:
     """Fail unless both hold the same bits (so NaN equals NaN) in the same shape and dtype."""
     for argument, t in (("actual", actual), ("expected", expected)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"assert_identical: {argument} is {what(t)}; accepted is a torch.Tensor")
+        _comparable("assert_identical", argument, t, real=False)
     assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.dtype == expected.dtype, f"{name} is {actual.dtype}, expected {expected.dtype}"
     if actual.dtype == torch.bool or actual.is_complex():
@@ -139,7 +169,21 @@ def value_and_gradients(
 
     Inputs that do not require a gradient have none in the result. An output that has no graph gives gradients None.
     """
+    op = "value_and_gradients"
+    callable_function(op, "function", function)
+    for name, t in mapping(op, "inputs", inputs).items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: inputs[{name!r}] is {what(t)}; accepted is a torch.Tensor")
+    if grad_output is not None and not isinstance(grad_output, Tensor):
+        raise TypeError(f"{op}: grad_output is {what(grad_output)}; accepted is a torch.Tensor or None")
     out = function(**inputs)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{op}: function returned a {type(out).__name__}; accepted is a torch.Tensor")
+    if grad_output is not None:
+        fits = is_dense(grad_output) and (grad_output.shape, grad_output.device) == (out.shape, out.device)
+        kind = [(t.is_complex(), t.is_floating_point()) for t in (grad_output, out)]
+        if not fits or kind[0] != kind[1]:
+            raise ValueError(f"{op}: grad_output is {what(grad_output)}; accepted is one like the output, {what(out)}")
     wanted = {name: t for name, t in inputs.items() if t.requires_grad}
     grads: Sequence[Tensor | None] = [None] * len(wanted)
     if out.requires_grad:

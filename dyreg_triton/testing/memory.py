@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..validate import choice, what
+from ..validate import choice, is_dense, what
 from .comparators import assert_identical
 
 LAYOUTS = ("contiguous", "aligned", "transposed", "channels_last", "reversed", "sliced", "expanded")
@@ -35,8 +35,10 @@ class Guarded:
     MARGIN = 67  # at least, on either side; odd, so that the data are not aligned to more than one element
 
     def __init__(self, values: Tensor, layout: str = "contiguous"):
-        if not isinstance(values, Tensor) or not values.is_floating_point():
-            raise TypeError(f"Guarded: values is {what(values)}; accepted is a floating tensor, for the poison is NaN")
+        if not is_dense(values) or not values.is_floating_point():
+            raise TypeError(
+                f"Guarded: values is {what(values)}; accepted is a dense floating tensor, for the poison is NaN"
+            )
         choice("Guarded", "layout", layout, LAYOUTS, {"values": values})
         values = values.detach()
         rank = values.dim()

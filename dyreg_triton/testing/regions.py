@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validate import FLOATS, choice, pair
+from ..validate import FLOATS, choice, pair, seed_of, shape_of, what
 from .calls import Call, TensorSpec, default_device
 from .memory import Guarded
 
@@ -36,8 +36,10 @@ def _axis(kind: str, side: int, uniform: Callable[[float, float], float]) -> tup
 
 def _off_kinks(center: float, extent: float, side: int, margin: float) -> bool:
     """Whether the profile is smooth within `margin` at every cell: neither d = 0 nor d = s is near."""
-    distances = [abs(center - p) for p in range(side)]
-    return all(d >= margin and abs(d - extent) >= margin for d in distances)
+    for place in (center, center - extent, center + extent):
+        if abs(place - min(max(round(place), 0), side - 1)) < margin:
+            return False
+    return True
 
 
 def random_regions(
@@ -63,9 +65,17 @@ def random_regions(
     """
     size = pair("random_regions", "size", size)
     choice("random_regions", "kind", kind, REGION_KINDS)
-    if dtype not in FLOATS:
-        raise ValueError(f"random_regions: dtype is {dtype}; accepted are {', '.join(str(t)[6:] for t in FLOATS)}")
-    generator = torch.Generator().manual_seed(seed)
+    shape = shape_of("random_regions", "shape", shape)
+    if math.prod(shape) > 2**24:
+        raise ValueError(f"random_regions: shape is {shape}; accepted are at most 2**24 regions")
+    seed_of("random_regions", seed)
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin <= 0.1:
+        raise ValueError(f"random_regions: margin is {what(margin)}; accepted is a number from 0 to 0.1")
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
+        raise ValueError(
+            f"random_regions: dtype is {what(dtype)}; accepted are {', '.join(str(t)[6:] for t in FLOATS)}"
+        )
+    generator = torch.Generator().manual_seed(int(seed))
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()

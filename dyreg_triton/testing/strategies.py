@@ -20,7 +20,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from ..validate import PROFILES, is_integer
+from ..validate import PROFILES, choice, dtypes_of, flag, function, is_integer, mapping, what
 from .calls import Call, Floors, TensorSpec
 from .memory import LAYOUTS
 from .regions import REGION_KINDS, REGION_OPS, RegionCase, RegionSpec
@@ -43,6 +43,7 @@ def dims(*, block: int = 16, blocks: int = 4, empty: bool = True) -> SearchStrat
     for name, value in (("block", block), ("blocks", blocks)):
         if not is_integer(value) or value < 1:
             raise ValueError(f"strategies.dims: {name} is {value!r}; accepted is an integer > 0")
+    flag("strategies.dims", "empty", empty)
     sizes = {1, 2, 3}
     edge = block
     while edge <= block * blocks:
@@ -64,6 +65,8 @@ def layouts() -> SearchStrategy[str]:
 
 def dtypes(*accepted: torch.dtype) -> SearchStrategy[torch.dtype]:
     """One of the dtypes given; by default float32, bfloat16 and float16."""
+    if accepted:
+        dtypes_of("strategies.dtypes", accepted)
     return st.sampled_from(accepted or (torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -91,9 +94,9 @@ class _Size:
 def _dims_named(op: str, shape: Sequence[Any]) -> tuple[Dim, ...]:
     for i, dim in enumerate(shape):
         named = isinstance(dim, str) and (dim.isidentifier() or (dim == "*" and i == 0))
-        if not named and not (is_integer(dim) and dim >= 0):
+        if not named and not (is_integer(dim) and 0 <= dim < 2**31):
             raise ValueError(
-                f"strategies.{op}: dimension {i} is {dim!r}; accepted are a name, an integer >= 0, and '*' in front"
+                f"strategies.{op}: dimension {i} is {what(dim)}; accepted are a name, an integer >= 0, and '*' in front"
             )
     return tuple(shape)
 
@@ -103,14 +106,19 @@ def tensor(*shape: Dim, dtypes: Sequence[torch.dtype] | None = None) -> Any:
 
     dtypes: those it may have, where it need not have the call's.
     """
-    return _Tensor(_dims_named("tensor", shape), None if dtypes is None else tuple(dtypes))
+    return _Tensor(_dims_named("tensor", shape), None if dtypes is None else dtypes_of("strategies.tensor", dtypes))
 
 
 def regions(*shape: Dim, size: tuple[Dim, Dim], dtypes: Sequence[torch.dtype] | None = None) -> Any:
     """Regions (*shape, 4) = (cx, cy, w, h) on a map of `size` = ("H", "W"), for `calls`: inside, outside, empty,
     tiny, covering, and mixed, off the kinks of their profile. By default of the call's dtype or float32."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or "*" in size:
+        raise ValueError(
+            f"strategies.regions: size is {what(size)}; accepted are two dimensions, each a name or number"
+        )
     height, width = _dims_named("regions", size)
-    return _Regions(_dims_named("regions", shape), None if dtypes is None else tuple(dtypes), (height, width))
+    own = None if dtypes is None else dtypes_of("strategies.regions", dtypes)
+    return _Regions(_dims_named("regions", shape), own, (height, width))
 
 
 def size(*names: Dim) -> Any:
@@ -199,16 +207,20 @@ def calls(
             f"strategies.calls: arguments are {sorted(arguments)}; accepted are some with at least one "
             "strategies.tensor(...) or strategies.regions(...)"
         )
+    accepted = dtypes_of("strategies.calls", dtypes)
+    if floors is not None:
+        function("strategies.calls", "floors", floors)
+    dims = {} if dims is None else mapping("strategies.calls", "dims", dims)
     used: set[Dim] = set()
     for a in arguments.values():
         used |= set(a.shape) if isinstance(a, (_Tensor, _Size)) else set()
         used |= set(a.size) if isinstance(a, _Regions) else set()
-    for name, strategy in (dims or {}).items():
+    for name, strategy in dims.items():
         if not isinstance(strategy, SearchStrategy):
             raise TypeError(f"strategies.calls: dims[{name!r}] is {strategy!r}; accepted is a Hypothesis strategy")
         if name not in used:
             raise ValueError(f"strategies.calls: dims names {name!r}; accepted are the arguments' dimensions, {used}")
-    return _calls(arguments, dims or {}, tuple(dtypes), floors)
+    return _calls(arguments, dims, accepted, floors)
 
 
 @st.composite
@@ -247,6 +259,5 @@ def region_calls(
 
     Raises ValueError for another op.
     """
-    if op not in REGION_OPS:
-        raise ValueError(f"strategies.region_calls: op is {op!r}; accepted are {', '.join(map(repr, REGION_OPS))}")
-    return region_cases(op, dtypes=tuple(dtypes)).map(RegionCase.call)
+    choice("strategies.region_calls", "op", op, REGION_OPS)
+    return region_cases(op, dtypes=dtypes_of("strategies.region_calls", dtypes)).map(RegionCase.call)
