@@ -413,7 +413,7 @@ WRONG = {
     "no gradient": (lambda x, w: good(x, w.detach()), "grad_w is absent"),
     "no gradient from a Function": (Forgetful.apply, "grad_w is absent"),
     "no graph": (lambda x, w: good(x, w).detach(), "grad_x is absent; grad_w is absent"),
-    "NaN": (lambda x, w: good(x, w) / (x.detach().sum(-1) != 0), "not finite"),
+    "NaN": (lambda x, w: good(x, w) + (math.nan if x.shape[-1] == 17 else 0), "not finite"),
     "a shape": (lambda x, w: good(x, w).unsqueeze(0), "op returned shapes"),
     "an output's dtype": (lambda x, w: good(x.float(), w.float()) * (1 + 2e-2), "relative error"),
     "one element": (one_element, "relative error|of the largest expected value"),
