@@ -230,7 +230,7 @@ def region_cases(everything: bool) -> list[Case]:
     cases: dict[Any, Case] = {}
     sizes = itertools.product(NODES, FRAMES, CHANNELS, SIZES)
     for (n, frames, c, size), kind, dtype in itertools.product(sizes, KINDS, DTYPES):
-        if kind != "scatter_moments" or n <= 32:
+        if kind != "scatter_moments" or n <= 16:
             case = Case(kind, frames, n, c, size, dtype)
             # an aligned number of channels is the common one; and maps of one run are another program
             key = (kind, dtype, case.config(), case.layout, size[0] * size[1] <= case.config().block_p)
@@ -262,7 +262,7 @@ def problems(case: Case, code: Code) -> list[str]:
     if code.shared > SHARED_LIMIT[code.target]:
         found.append("too much shared memory")
     wide = case.wide() if code.target.startswith("sm") else min(case.wide(), 8) // 2  # a wavefront has 64 threads
-    if case.kind == "scatter_moments" and case.nodes > 32:  # two passes, each with a config of its own
+    if case.kind == "scatter_moments" and case.nodes > 16:  # two passes, each with a config of its own
         return found
     if case.kind in ("gather", "gather_moments", "scatter_moments") and code.load_bytes < wide:
         found.append(f"loads {code.load_bytes} of {wide} bytes")

@@ -80,7 +80,7 @@ def region_pool(x: Tensor, regions: Tensor, *, profile: str = "linear", temperat
         regions: (*, N, 4) = (cx, cy, w, h) in cells, with x's leading dimensions; x's dtype or float32.
         profile, temperature: as `region_kernel`.
 
-    On Triton the backward is one pass over the map for up to 32 regions, and two beyond.
+    On Triton the backward is one launch for up to 16 regions, and two beyond, for the same bytes.
 
     Returns:
         nodes (*, N, C) in x's dtype, contiguous. Sums accumulate in float32 (float64 for float64). Under autocast x

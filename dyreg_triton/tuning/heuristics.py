@@ -25,15 +25,15 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# (channels, cells, warps) per program: the largest tiles that stay below about 128 registers a thread on sm_90 (read
-# from the machine code), so that two or more programs share a multiprocessor and hide each other's latency.
+# (channels, cells) per program: the largest tiles that stay below about 128 registers a thread on sm_90 (read from the
+# machine code), so that two or more programs share a multiprocessor and hide each other's latency.
 _REGION = {
-    "gather": ((64, 128, 8), (64, 32, 8)),  # 16-bit, 32-bit
-    "scatter": ((64, 64, 8), (64, 32, 8)),
-    "gather_moments": ((64, 64, 8), (64, 32, 8)),
-    "scatter_moments": ((64, 32, 8), (32, 32, 8)),
-    "dense": ((16, 256, 4), (16, 256, 4)),
-    "dense_moments": ((16, 64, 4), (16, 64, 4)),
+    "gather": ((64, 128), (64, 32)),  # 16-bit, 32-bit
+    "scatter": ((64, 64), (64, 32)),
+    "gather_moments": ((64, 64), (64, 32)),
+    "scatter_moments": ((64, 32), (16, 32)),
+    "dense": ((16, 256), (16, 256)),
+    "dense_moments": ((16, 64), (16, 64)),
 }
 _FILL = 512  # programs that fill a large GPU about twice
 
@@ -42,21 +42,22 @@ _FILL = 512  # programs that fill a large GPU about twice
 def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsize: int) -> Config:
     """Blocks for a region kernel: `kind` is what it does, see kernels/region.py.
 
-    A program takes all regions up to 64 (32 where it both reads and writes a map, beyond which registers spill), and
+    A program takes all regions up to 64 (16 where it both reads and writes a map, beyond which registers spill), and
     cells shrink as regions grow, faster where moments are kept; channels shrink while there are too few programs to
     fill a large GPU. A map of up to 64 cells is one tile, for it is read and written as one run of wide accesses. No
-    block exceeds what its dimension needs, and none falls below the matrix product's least, 16.
+    block exceeds what its dimension needs, and none falls below the matrix product's least, 16. Four warps work on a
+    small tile, so that a thread's share is still a wide access.
     """
-    block_c, block_p, num_warps = _REGION[kind][itemsize >= 4]
-    block_n = min(32 if kind == "scatter_moments" else 64, max(16, _power_of_two(nodes)))
+    block_c, block_p = _REGION[kind][itemsize >= 4]
+    block_n = min(16 if kind == "scatter_moments" else 64, max(16, _power_of_two(nodes)))
     shrink = (block_n // 16) ** (2 if kind.endswith("moments") else 1)
     whole = max(16, _power_of_two(cells))
     if shrink == 1 and block_p <= whole <= 64:
         block_c, block_p = block_c * block_p // whole // (2 if kind == "gather_moments" else 1), whole
-    if shrink > 1 and itemsize >= 4 and kind.endswith("moments"):  # larger tiles spill
-        block_c, block_p = (32, block_p) if kind == "gather_moments" else (16, 32 * shrink)
+    if shrink > 1 and itemsize >= 4 and kind == "gather_moments":  # larger tiles spill
+        block_c = 32
     block_p = max(16, min(block_p // shrink, whole))
     block_c = max(16, min(block_c, _power_of_two(channels)))
     while block_c > 16 and frames * -(-channels // block_c) < _FILL:
         block_c //= 2
-    return Config(block_n, block_c, block_p, num_warps)
+    return Config(block_n, block_c, block_p, 4 if kind.startswith("dense") or block_c * block_p <= 512 else 8)
