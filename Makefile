@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help test lint demo pictures bench compiled gpu-wheels clean
+.PHONY: help test full lint demo pictures bench compiled gpu-wheels clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -27,6 +27,9 @@ lint: $(BIN)/.installed  ## style (ruff) and types (mypy)
 test: lint  ## everything that a change must pass
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels
 	$(BIN)/python -m pytest
+
+full: $(BIN)/.installed  ## the random tests of the kernels with as many examples as on a GPU: half an hour interpreted
+	FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels tests/test_region.py
 
 demo: $(BIN)/.installed  ## dynamic regions learn to find real handwritten digits
 	$(BIN)/python -m dyreg_triton.demo

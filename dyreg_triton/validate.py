@@ -72,7 +72,8 @@ def layer_input(op: str, name: str, x: object, parameter: Tensor, shape: tuple[i
     if not is_dense(x):
         given = what(x) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{op}: {name} is {given}; accepted is a dense torch.Tensor {form}")
-    if x.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, x.shape, strict=True)):
+    wrong = (want is not None and want != have for want, have in zip(shape, x.shape, strict=False))
+    if x.dim() != len(shape) or any(wrong):
         raise ValueError(f"{op}: {name} is {what(x)}; accepted is {form}")
     if x.device != parameter.device:
         raise ValueError(f"{op}: {name} is {what(x)}; accepted is the layer's device, {parameter.device}")

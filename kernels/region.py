@@ -68,7 +68,7 @@ def run_offsets(c_block, C, CELLS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P:
     """Offsets of all cells of BLOCK_C channels of a gapless map, and which of them there are."""
     i = tl.arange(0, BLOCK_C * BLOCK_P)
     offsets = c_block * (BLOCK_C * CELLS) + i
-    return offsets, (i < BLOCK_C * CELLS) & (offsets < C.to(tl.int64) * CELLS)
+    return offsets, (i < BLOCK_C * CELLS) & (offsets < tl.cast(C, tl.int64) * CELLS)
 
 
 @triton.jit

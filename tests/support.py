@@ -82,8 +82,9 @@ def backends_and_dtypes(*dtypes: torch.dtype) -> list[Any]:
 
 
 def settings(examples: int) -> hypothesis.settings:
-    """Hypothesis settings: the same examples in every run, fewer of them where kernels are interpreted."""
-    return checks.settings(max(examples // 12, 5) if INTERPRETED else examples)
+    """Hypothesis settings: the same examples in every run, fewer where kernels are interpreted, unless FULL=1."""
+    few = INTERPRETED and os.environ.get("FULL", "0") != "1"
+    return checks.settings(max(examples // 12, 5) if few else examples)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

@@ -237,6 +237,7 @@ SMALL: dict[str, Any] = {"grid": (2, 2), "region_channels": 8}
         ({"size": (6, -1)}, ("size", "(6, -1)", "two positive integers")),
         ({"size": 6}, ("size", "6", "two positive integers")),
         ({"size": (2, 9)}, ("size", "(2, 9)", "at least 3")),
+        ({"train_size": (2, 9)}, ("train_size", "(2, 9)", "at least 3")),
         ({"grid": (0, 3)}, ("grid", "(0, 3)", "two positive integers")),
         ({"grid": 3}, ("grid", "3", "two positive integers")),
         ({"train_size": (7, 0)}, ("train_size", "(7, 0)", "two positive integers")),

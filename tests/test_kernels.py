@@ -141,6 +141,35 @@ def test_small_maps_are_read_as_one_run(size, c, dtype):
 
 
 @kernels
+def test_a_program_writes_its_own_channels_only():
+    """Others run at the same time on a GPU; here one runs alone."""
+    from unittest import mock
+
+    from dyreg_triton.ops import region as ops
+
+    def first(kernel, programs, *args, **constants):
+        assert programs == 3
+        launch.launch(kernel, 1, *args, **constants)
+
+    for size in ((7, 7), (9, 11)):
+        x, v, r = inputs(1, c=48, h=size[0], w=size[1])
+        y = torch.full_like(x, 7.0)
+        with mock.patch.object(ops, "launch", first):
+            ops._scatter(y, v, None, r, "linear", 1.0)
+            ops._scatter(y, v, x, r, "linear", 1.0)
+        assert not y[:, :16].eq(7).any()
+        assert y[:, 16:].eq(7).all()
+
+
+@kernels
+@pytest.mark.parametrize("c", [1, 2])
+def test_gaps_between_cells_are_not_taken_for_cells(c):
+    """One channel, of which every other cell is meant, looks flat and has no other channel beside it."""
+    x, _, r = inputs(2, c=c, h=3, w=8)
+    agree(lambda x, r: dt.ops.region_pool(x[..., ::2], r), x, r)
+
+
+@kernels
 def test_long_axes_are_summed_in_blocks():
     """Axes longer than the block in which a program sums them."""
     x, _, r = inputs(1, c=2, h=3, w=97, n=3)

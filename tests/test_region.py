@@ -69,7 +69,7 @@ def check(case: RegionCase, backend: str) -> None:
 
 
 def hypothesis_test(op: str, dtypes: tuple[torch.dtype, ...], examples: int) -> Callable[..., None]:
-    """A test of `op` over random cases, 300 over all dtypes; the parameter `backend` comes from the caller's mark."""
+    """A test of `op` over random cases: 300 over the dtypes of a GPU. `backend` comes from the caller's mark."""
 
     @settings(examples)
     @given(case=region_cases(op, dtypes=dtypes))
@@ -80,9 +80,9 @@ def hypothesis_test(op: str, dtypes: tuple[torch.dtype, ...], examples: int) -> 
     return test
 
 
-test_pool_float32 = on_backends(hypothesis_test("region_pool", (torch.float32,), 160))
-test_remap_float32 = on_backends(hypothesis_test("region_remap", (torch.float32,), 160))
-test_kernel_float32 = on_backends(hypothesis_test("region_kernel", (torch.float32,), 160))
+test_pool_float32 = on_backends(hypothesis_test("region_pool", (torch.float32,), 200))
+test_remap_float32 = on_backends(hypothesis_test("region_remap", (torch.float32,), 200))
+test_kernel_float32 = on_backends(hypothesis_test("region_kernel", (torch.float32,), 200))
 test_pool_halves = on_backends(hypothesis_test("region_pool", HALVES, 100))
 test_remap_halves = on_backends(hypothesis_test("region_remap", HALVES, 100))
 test_kernel_halves = on_backends(hypothesis_test("region_kernel", HALVES, 100))

@@ -7,12 +7,12 @@ import math
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from support import (
     LAYOUTS,
     PROFILES,
@@ -33,7 +33,7 @@ from support import (
 from torch import Tensor
 
 import dyreg_triton as dt
-from dyreg_triton.testing import check_op, checks, strategies
+from dyreg_triton.testing import Call, TensorSpec, check_call, check_op, checks, strategies
 
 
 def expected_matrix() -> torch.Tensor:
@@ -356,6 +356,13 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 CALLS = strategies.calls(x=strategies.tensor("*", "M", "K"), w=strategies.tensor("M"))
+SINGLE = strategies.calls(x=strategies.tensor("*", "M", "K"), w=strategies.tensor("M"), dtypes=[torch.float32])
+NOT_EMPTY = strategies.calls(
+    x=strategies.tensor("M", "K"),
+    w=strategies.tensor("M"),
+    dims=dict.fromkeys("MK", strategies.dims(empty=False)),
+    dtypes=[torch.float32],
+)
 
 
 class Forgetful(torch.autograd.Function):
@@ -383,6 +390,14 @@ def writes_its_input(x: Tensor, w: Tensor) -> Tensor:
 def writes_outside(x: Tensor, w: Tensor) -> Tensor:
     out = torch.empty_like(good(x, w), memory_format=torch.contiguous_format)
     out.data.as_strided((out.numel() + 1,), (1,), out.storage_offset()).fill_(0)
+    return good(x, w)
+
+
+def writes_what_it_reads_outside(x: Tensor, w: Tensor) -> Tensor:
+    """A block without a mask: NaN from beside the input goes beside the output."""
+    out = torch.empty_like(good(x, w), memory_format=torch.contiguous_format)
+    beyond = x.detach().as_strided((1,), (1,), x.storage_offset() - 1)
+    out.data.as_strided((1,), (1,), out.storage_offset() + out.numel()).copy_(beyond * 2)
     return good(x, w)
 
 
@@ -415,11 +430,14 @@ WRONG = {
     "no graph": (lambda x, w: good(x, w).detach(), "grad_x is absent; grad_w is absent"),
     "NaN": (lambda x, w: good(x, w) + (math.nan if x.shape[-1] == 17 else 0), "not finite"),
     "a shape": (lambda x, w: good(x, w).unsqueeze(0), "op returned shapes"),
-    "an output's dtype": (lambda x, w: good(x.float(), w.float()) * (1 + 2e-2), "relative error"),
+    "an output's dtype": (lambda x, w: good(x.float(), w.float()), "out is torch.float32, expected the first input's"),
+    "too coarse a dtype": (lambda x, w: good(x, w).bfloat16(), "out is torch.bfloat16, expected the first input's"),
+    "an integer output": (lambda x, w: good(x, w).long(), "out is torch.int64"),
     "one element": (one_element, "relative error|of the largest expected value"),
     "two outputs": (lambda x, w: (good(x, w), x), "op returned shapes"),
     "its input": (writes_its_input, "memory of x"),
     "outside of its output": (writes_outside, "outside of an output"),
+    "NaN outside of its output": (writes_what_it_reads_outside, "outside of an output"),
     "from outside of its input": (reads_outside, "not finite"),
     "from unwritten memory": (leaves_unwritten, "not finite"),
     "not the same twice": (lambda x, w: good(x, w) * (1 + 4e-6 * (next(_runs) % 2)), "of a second run"),
@@ -428,7 +446,9 @@ WRONG = {
 
 def test_check_op_passes_what_is_right() -> None:
     check_op(good, good, CALLS, examples=300)
-    check_op(lambda x, w: (good(x, w), x + w[:, None]), lambda x, w: [good(x, w), x + w[:, None]], CALLS)
+    check_op(lambda x, w: (good(x, w), x + w[:, None]), lambda x, w: [good(x, w), x + w[:, None]], SINGLE)
+    check_op(lambda x, w: (x.argmax(), x * 2), lambda x, w: (x.argmax(), x * 2), NOT_EMPTY)
+    check_op(lambda x, w: x.float(), lambda x, w: x, CALLS, same_dtype=False)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -458,9 +478,51 @@ def test_one_wrong_element_among_many_is_seen() -> None:
             assert mismatch(actual, expected) is not None
 
 
+@pytest.mark.parametrize("wrong", ["no gradient", "no graph", "a gradient"])
+def test_check_op_compares_gradients_where_none_are_wanted(wrong: str) -> None:
+    op, words = WRONG[wrong]
+    with torch.no_grad(), pytest.raises(AssertionError, match=words):
+        check_op(op, good, CALLS)
+
+
+def test_check_op_sees_what_is_wrong_with_outputs_and_inputs_of_whole_numbers() -> None:
+    with pytest.raises(AssertionError, match="out differs"):
+        check_op(lambda x, w: x.argmin(), lambda x, w: x.argmax(), NOT_EMPTY)
+
+    def spoils(x: Tensor, index: Tensor) -> Tensor:
+        out = x[index]
+        index.data.zero_()
+        return out
+
+    calls = strategies.calls(x=strategies.tensor(8), index=strategies.tensor(5, dtypes=[torch.int64]))
+    with pytest.raises(AssertionError, match="memory of index"):
+        check_op(spoils, lambda x, index: x[index], calls)
+
+
+def test_check_op_checks_what_torch_compiles() -> None:
+    def half_too_much(graph: torch.fx.GraphModule, example: Any) -> Any:
+        return lambda *inputs: [1.5 * t for t in graph(*inputs)]
+
+    def op(x: Tensor, w: Tensor) -> Tensor:
+        return good(x, w)
+
+    torch._dynamo.reset()
+    call = Call({"x": TensorSpec((3, 4)), "w": TensorSpec((3,))})
+    check_call(torch.compile(op, backend="eager", fullgraph=True), good, call)
+    torch._dynamo.reset()
+    with pytest.raises(AssertionError, match=r"relative error 0.5"):
+        check_call(torch.compile(op, backend=half_too_much, fullgraph=True), good, call)
+
+
+def test_check_op_refuses_a_floor_of_nothing() -> None:
+    call = Call({"x": TensorSpec((3, 4)), "w": TensorSpec((3,))}, floors=lambda inputs, grad: {"grad_y": 1.0})
+    with pytest.raises(ValueError, match=r"floors names .'grad_y'.; accepted are the results"):
+        check_call(good, good, call)
+
+
 @torch.library.custom_op("dyreg_triton_tests::twice", mutates_args=())
 def twice(x: Tensor) -> Tensor:
-    return 2 * x
+    return (2 * x).contiguous()
 
 
 @torch.library.custom_op("dyreg_triton_tests::twice_transposed", mutates_args=())
@@ -473,16 +535,52 @@ for _op in (twice, twice_transposed):
     _op.register_autograd(lambda ctx, grad: 2 * grad)
 
 
+def fakes(x: Tensor) -> dict[str, Any]:
+    """Wrong fakes of an op that doubles: what each promises of a result."""
+    return {
+        "swapped": x.new_empty(x.shape[::-1]),
+        "float32": x.new_empty(x.shape, dtype=torch.float32),
+        "keeps_strides": torch.empty_like(x),
+    }
+
+
+def with_fake(which: str) -> Callable[[Tensor], Tensor]:
+    op = torch.library.custom_op(f"dyreg_triton_tests::fake_{which}", lambda x: (2 * x).contiguous(),
+                                 mutates_args=(), schema="(Tensor x) -> Tensor")  # fmt: skip
+    op.register_fake(lambda x: fakes(x)[which])
+    op.register_autograd(lambda ctx, grad: 2 * grad)
+    return op
+
+
 def test_check_op_puts_custom_ops_through_opcheck() -> None:
-    """`twice_transposed` computes the right thing, but its fake promises other strides."""
-    calls = strategies.calls(
-        x=strategies.tensor("M", "K"),
-        dims=dict.fromkeys("MK", st.just(3)),
-    )
-    check_op(twice, lambda x: 2 * x, calls, examples=10)
-    check_op(twice_transposed, lambda x: 2 * x, calls, examples=10, opcheck=False)
-    with pytest.raises(AssertionError, match="twice_transposed"):
-        check_op(twice_transposed, lambda x: 2 * x, calls, examples=10)
+    """On shapes, dtypes and layouts where a wrong fake shows, and not only on the first call."""
+    calls = strategies.calls(x=strategies.tensor("M", "K"))
+    check_op(twice, lambda x: 2 * x, calls)
+    check_op(twice_transposed, lambda x: 2 * x, calls, opcheck=False)
+    with pytest.raises(AssertionError, match=r"opcheck of dyreg_triton_tests.twice_transposed"):
+        check_op(twice_transposed, lambda x: 2 * x, calls)
+    for which in fakes(torch.ones(1)):
+        with pytest.raises(AssertionError, match=f"opcheck of dyreg_triton_tests.fake_{which}"):
+            check_op(with_fake(which), lambda x: 2 * x, calls)
+
+
+def test_check_op_puts_the_ops_of_a_backward_through_opcheck() -> None:
+    """The forward is as registered; the op that its backward runs promises another shape."""
+    backward = torch.library.custom_op("dyreg_triton_tests::half_backward", lambda grad: grad / 2,
+                                       mutates_args=(), schema="(Tensor grad) -> Tensor")  # fmt: skip
+    backward.register_fake(lambda grad: grad.new_empty(grad.shape[::-1]))
+
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x / 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return backward(grad)
+
+    with pytest.raises(AssertionError, match=r"opcheck of dyreg_triton_tests.half_backward"):
+        check_op(Half.apply, lambda x: x / 2, strategies.calls(x=strategies.tensor("M", "K")))
 
 
 # --- dt.testing as users meet it -----------------------------------------------------------------------------------

@@ -711,27 +711,50 @@ def test_compiles_without_graph_breaks(variant: str, device: torch.device) -> No
     assert_results_close(actual, expected, 1e-4)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 @on_variants
 @on_backends
-def test_regions_under_autocast(backend: str, variant: str, device: torch.device) -> None:
+def test_regions_under_autocast(backend: str, variant: str, low: torch.dtype, device: torch.device) -> None:
     """They stay float32 and are not rounded; the layer stays close to itself in float32."""
     layer = awake(make(variant, (7, 7))).to(device)
     x = frames(1, 2, 4, 7, 7, device=device)
     with dt.backend(backend):
         plain, expected = layer(x, return_regions=True)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=low):
             y, regions = layer(x, return_regions=True)
             kernels = layer.kernels(x)
         y.float().square().sum().backward()
     assert regions.dtype == torch.float32
     assert kernels.dtype == torch.float32
-    assert not regions.equal(regions.bfloat16().float())
+    assert not regions.equal(regions.to(low).float())
     assert relative_error(regions, expected) < 2e-2
     assert relative_error(y, plain) < 0.1
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.dtype == torch.float32, name
         assert parameter.grad.isfinite().all(), name
+
+
+def test_the_mean_over_many_frames_fits_16_bits(device: torch.device) -> None:
+    """Their sum does not."""
+    layer = awake(make("constant_time", (7, 7))).to(device)
+    x = 2000 + 10 * frames(1, 64, 4, 7, 7, device=device)
+    regions = layer.double()(x.double(), return_regions=True)[1]
+    halved = layer.half()(x.half(), return_regions=True)[1]
+    assert halved.isfinite().all()
+    assert relative_error(halved, regions) < 0.1
+
+
+@pytest.mark.parametrize("variant", ["full", "semantic"])
+def test_compiles_for_clips_of_any_length(variant: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    layer = awake(make(variant, (5, 6), iterations=1)).to(device)
+    with torch._dynamo.config.patch(allow_rnn=True), dt.backend("eager"):
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+        for lead in ((2, 3), (1, 5)):
+            x = frames(*lead, 4, 5, 6, device=device)
+            assert_close(compiled(x), layer(x).double(), tolerance=1e-4)
+    torch._dynamo.reset()
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -86,6 +86,12 @@ class DynamicGraph(nn.Module):
         choice(op, "recurrence", recurrence, RECURRENCES)
         region_channels = positive_int(op, "region_channels", region_channels)
         flag(op, "offset_bias", offset_bias)
+        least = min(self.train_size)
+        if generator == "fc" and self.variant is not None and self.variant.sees and least < 3:
+            name = "size" if train_size is None else "train_size"
+            raise ValueError(
+                f"{op}: {name} is {self.train_size}; accepted by generator 'fc' is at least 3 cells on each side"
+            )
         self.project = self.channels != in_channels if project is None else flag(op, "project", project)
         if not self.project and self.channels != in_channels:
             raise ValueError(
@@ -133,7 +139,9 @@ class DynamicGraph(nn.Module):
     def latent(self, features: Tensor) -> Tensor:
         """One latent vector per node from the features (B, T, C, H, W): (B, T, N, D); T is 1 for "constant_time"."""
         if not cast(Variant, self.variant).in_time:
-            features = features.sum(1, keepdim=True) / max(features.shape[1], 1)  # a mean, and 0 of no frames
+            wide = torch.promote_types(features.dtype, torch.float32)  # 16 bits do not hold the sum of many frames
+            mean = features.sum(1, keepdim=True, dtype=wide) / max(features.shape[1], 1)  # 0 of no frames
+            features = mean.to(features.dtype)
         maps = features.flatten(0, 1)
         if self.train_size != self.size:
             maps = F.adaptive_avg_pool2d(maps, self.train_size)
@@ -279,6 +287,9 @@ class DyReG(nn.Module):
 
     Shapes: x (B, T, C, H, W), any strides -> the same; with return_regions=True also regions (B, T, N, 4) =
     (cx, cy, w, h) in cells, float32 or wider; for "semantic" the maps (B, T, N, H, W) that take their place.
+
+    An option that the chosen `regions` have no use for is checked and then not looked at: of the generator, where they
+    do not see the input; of the kernel and its start, where they are maps.
 
     Raises ValueError or TypeError for an argument outside those named, and for x of another shape.
     """

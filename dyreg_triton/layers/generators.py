@@ -43,8 +43,6 @@ class Fishnet(nn.Module):
 
     def __init__(self, in_channels: int, size: tuple[int, int]):
         super().__init__()
-        if min(size) < 3:
-            raise ValueError(f"DyReG: size is {size}; accepted by generator 'fc' is at least 3 cells on each side")
         plans = [_plan(side) for side in size]
         self.pooling = _pair(p[0] for p in plans)
         strides = [_pair(p[1] for p in plans), _pair(p[3] for p in plans)]

@@ -19,42 +19,81 @@ from .calls import Call, default_device
 from .comparators import TOLERANCE, _bound, assert_all_close, assert_identical
 from .memory import Guarded, poisoned_outputs
 
-_TORCHS_OWN = ("aten", "prim", "prims", "profiler", "inductor", "_c10d_functional", "c10d", "triton")
+_TORCHS_OWN = (
+    "aten", "prim", "prims", "profiler", "inductor", "_c10d_functional", "c10d", "triton", "rngprims", "higher_order",
+    "mkldnn", "onednn", "mkl", "quantized", "_quantized", "quantized_decomposed", "prepacked", "xnnpack", "torchvision",
+)  # fmt: skip
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the arguments of the first call of each custom op that runs inside."""
+    """Keeps the arguments of every call of a custom op inside, but for calls on nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[Any, tuple[tuple, dict]] = {}
+        self.calls: list[tuple[Any, tuple, dict]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace not in _TORCHS_OWN:
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            if func not in self.seen and all(t.numel() for t in tensors):
-                self.seen[func] = (tuple(map(_alone, args)), {k: _alone(v) for k, v in kwargs.items()})
+        if func.namespace not in _TORCHS_OWN and all(t.numel() for t in _tensors(args, kwargs)):
+            self.calls.append((func, tuple(map(_alone, args)), {k: _alone(v) for k, v in kwargs.items()}))
         return func(*args, **kwargs)
 
 
+def _tensors(args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+
+
 def _alone(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    """A tensor without its history, in the same layout unless it shares memory with itself."""
+    if not isinstance(value, Tensor):
+        return value
+    if 0 in value.stride():
+        return value.detach().clone()
+    alone = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return alone.copy_(value.detach())
 
 
-def _opcheck(recorded: _Recorder, known: set, *, differentiable: bool) -> None:
-    for op, (args, kwargs) in recorded.seen.items():
-        if op in known:
-            continue
-        if differentiable:
-            for t in (*args, *kwargs.values()):
-                if isinstance(t, Tensor) and t.is_floating_point():
-                    t.requires_grad_()
+class _Opcheck:
+    """torch.library.opcheck for the custom ops that an op runs, each on a few calls that differ in kind.
+
+    It needs a dispatch mode, under which torch.compile does not compile, hence a run of its own.
+    """
+
+    CALLS = 8  # of each custom op: it takes a good part of a second
+    RUNS = 40  # after so many that passed, whatever they held, no more are made
+
+    def __init__(self) -> None:
+        self.passed: dict[Any, set] = {}
+        self.runs = 0
+        self.failed = False  # then every call is looked at, so that the smallest failing one is found
+
+    def __call__(self, op: Callable[..., Any], call: Call, inputs: Mapping[str, Tensor]) -> None:
+        if self.runs >= self.RUNS and not self.failed:
+            return
+        forward, backward = _Recorder(), _Recorder()
+        with forward:
+            outs = _outputs(getattr(op, "_torchdynamo_orig_callable", op)(**inputs, **call.options), "op")
+        with backward:
+            _gradients(outs, inputs, [call.cotangent(out).tensor for out in outs if out.is_floating_point()])
+        for recorder in (forward, backward):
+            for custom, args, kwargs in recorder.calls:
+                self._check(custom, args, kwargs, differentiable=recorder is forward)
+        self.runs += 1
+
+    def _check(self, custom: Any, args: tuple, kwargs: dict, *, differentiable: bool) -> None:
+        tensors = _tensors(args, kwargs)
+        kind = tuple((t.dtype, t.is_contiguous(), min(t.shape, default=1), len(set(t.shape))) for t in tensors)
+        passed = self.passed.setdefault(custom, set())
+        if kind in passed or (len(passed) >= self.CALLS and not self.failed):
+            return
+        for t in tensors:
+            t.requires_grad_(differentiable and t.is_floating_point())
         try:
-            torch.library.opcheck(op, args, kwargs)
+            torch.library.opcheck(custom, args, kwargs)
         except Exception as error:
-            raise AssertionError(f"opcheck of {op}: {error}") from error
-        known.add(op)
+            self.failed = True
+            raise AssertionError(f"opcheck of {custom}: {error}") from error
+        passed.add(kind)
 
 
 def _outputs(result: Any, who: str) -> list[Tensor]:
@@ -68,16 +107,50 @@ def _names(outs: list[Tensor]) -> list[str]:
     return ["out"] if len(outs) == 1 else [f"out[{i}]" for i in range(len(outs))]
 
 
+def _leaves(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The same values, of which the floating ones want gradients; with `dtype` they are copies of that dtype."""
+    return {
+        name: (t.detach() if dtype is None else t.detach().to(dtype, copy=True)).requires_grad_()
+        if t.is_floating_point()
+        else t
+        for name, t in tensors.items()
+    }
+
+
 def _gradients(outs: list[Tensor], inputs: Mapping[str, Tensor], cotangents: list[Tensor]) -> dict[str, Tensor | None]:
-    """By "grad_<input>"; None where the output does not depend on an input that requires one."""
+    """By "grad_<input>"; None where no floating output depends on an input that wants one."""
     wanted = {name: t for name, t in inputs.items() if t.requires_grad}
-    pairs = [(out, g) for out, g in zip(outs, cotangents, strict=True) if out.requires_grad]
+    floating = [out for out in outs if out.is_floating_point()]
+    pairs = [(out, g) for out, g in zip(floating, cotangents, strict=True) if out.requires_grad]
     if not wanted or not pairs:
         return dict.fromkeys((f"grad_{name}" for name in wanted), None)
     found = torch.autograd.grad(
         [out for out, _ in pairs], list(wanted.values()), [g for _, g in pairs], allow_unused=True
     )
     return {f"grad_{name}": grad for name, grad in zip(wanted, found, strict=True)}
+
+
+def _options(
+    who: str,
+    op: Any,
+    reference: Any,
+    device: Any,
+    bounds: Mapping[str, Any],
+    flags: Mapping[str, Any],
+) -> torch.device:
+    """Check what `check_call` and `check_op` share; the device."""
+    for name, function in (("op", op), ("reference", reference)):
+        if not callable(function):
+            raise TypeError(f"{who}: {name} is {function!r}; accepted is a callable")
+    for name, value in flags.items():
+        flag(who, name, value)
+    for name, bound in bounds.items():
+        if bound is not None:
+            _bound(who, name, bound)
+    device = default_device() if device is None else as_device(who, device)
+    if device.type == "meta":
+        raise ValueError(f"{who}: device is meta; accepted is a torch.device that holds data")
+    return device
 
 
 def check_call(
@@ -88,68 +161,89 @@ def check_call(
     device: torch.device | str | None = None,
     tolerance: float | None = None,
     element: float | None = None,
+    same_dtype: bool = True,
     repeat: bool = True,
     opcheck: bool = True,
-    _known: set | None = None,
+    _opchecks: _Opcheck | None = None,
 ) -> None:
     """`check_op` for one call; its options."""
-    for name, function in (("op", op), ("reference", reference)):
-        if not callable(function):
-            raise TypeError(f"check_call: {name} is {function!r}; accepted is a callable")
+    flags = {"same_dtype": same_dtype, "repeat": repeat, "opcheck": opcheck}
+    bounds = {"tolerance": tolerance, "element": element}
+    device = _options("check_call", op, reference, device, bounds, flags)
     if not isinstance(call, Call):
         raise TypeError(f"check_call: call is {call!r}; accepted is a dyreg_triton.testing.Call")
-    flag("check_call", "repeat", repeat)
-    flag("check_call", "opcheck", opcheck)
-    for name, bound in (("tolerance", tolerance), ("element", element)):
-        if bound is not None:
-            _bound("check_call", name, bound)
-    known = set() if _known is None else _known
-    device = default_device() if device is None else as_device("check_call", device)
-    if device.type == "meta":
-        raise ValueError("check_call: device is meta; accepted is a torch.device that holds data")
+    with torch.enable_grad():
+        _check_call(op, reference, call, device, tolerance, element, same_dtype, repeat)
+        if opcheck:
+            inputs = {n: t.tensor if isinstance(t, Guarded) else t for n, t in call.inputs(device).items()}
+            (_Opcheck() if _opchecks is None else _opchecks)(op, call, _leaves(inputs))
+
+
+def _check_call(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    call: Call,
+    device: torch.device,
+    tolerance: float | None,
+    element: float | None,
+    same_dtype: bool,
+    repeat: bool,
+) -> None:
     made = call.inputs(device)
     plain = {name: t.tensor if isinstance(t, Guarded) else t for name, t in made.items()}
-
-    exact = {name: t.detach().double().requires_grad_() if t.is_floating_point() else t for name, t in plain.items()}
+    whole = {name: t.clone() for name, t in made.items() if isinstance(t, Tensor)}
+    exact = _leaves(plain, torch.float64)
     expected_outs = _outputs(reference(**exact, **call.options), "reference")
+    names = _names(expected_outs)
 
-    def run() -> tuple[list[Tensor], dict[str, Tensor | None], dict[str, Guarded]]:
-        inputs = {name: t.detach().requires_grad_() if t.is_floating_point() else t for name, t in plain.items()}
-        forward, backward = _Recorder(), _Recorder()
+    def run() -> tuple[list[Tensor], dict[str, Tensor | None], list[Guarded]]:
+        inputs = _leaves(plain)
         with poisoned_outputs():
-            with forward:
-                outs = _outputs(op(**inputs, **call.options), "op")
+            outs = _outputs(op(**inputs, **call.options), "op")
             shapes, wanted = ([tuple(t.shape) for t in ts] for ts in (outs, expected_outs))
             assert shapes == wanted, f"op returned shapes {shapes}, expected {wanted}"
-            guards = {f"grad_{name}": call.cotangent(out) for name, out in zip(_names(outs), outs, strict=True)}
-            with backward:
-                grads = _gradients(outs, inputs, [g.tensor for g in guards.values()])
-        for name, guard in {**{n: g for n, g in made.items() if isinstance(g, Guarded)}, **guards}.items():
-            guard.check(name)
-        if opcheck:
-            _opcheck(forward, known, differentiable=True)
-            _opcheck(backward, known, differentiable=False)
+            guards = [call.cotangent(out) for out in outs if out.is_floating_point()]
+            grads = _gradients(outs, inputs, [g.tensor for g in guards])
+        for name, t in made.items():
+            if isinstance(t, Guarded):
+                t.check(name)
+            else:
+                assert_identical(t, whole[name], f"memory of {name}")
+        for guard in guards:
+            guard.check("the incoming gradient")
         return outs, grads, guards
 
     outs, grads, guards = run()
-    cotangents = [g.tensor.double() for g in guards.values()]
-    expected_grads = _gradients(expected_outs, exact, cotangents)
+    floating = [t.dtype for t in plain.values() if t.is_floating_point()]
+    for name, out, want in zip(names, outs, expected_outs, strict=True):
+        kinds = out.is_floating_point(), want.is_floating_point()
+        assert kinds[0] == kinds[1], f"{name} is {out.dtype}, expected {want.dtype}"
+        if same_dtype and out.is_floating_point() and floating:
+            assert out.dtype == floating[0], f"{name} is {out.dtype}, expected the first input's dtype, {floating[0]}"
+    expected_grads = _gradients(expected_outs, exact, [g.tensor.double() for g in guards])
     for name, grad in grads.items():
-        want = plain[name.removeprefix("grad_")].dtype
-        assert grad is None or grad.dtype == want, f"{name} is {grad.dtype}, expected its input's dtype, {want}"
+        own = plain[name.removeprefix("grad_")].dtype
+        assert grad is None or grad.dtype == own, f"{name} is {grad.dtype}, expected its input's dtype, {own}"
 
-    floating = [t.dtype for t in (*outs, *plain.values()) if t.is_floating_point()]
-    if tolerance is None:  # features of 16 bits leave wider inputs a gradient as exact as they are themselves
+    if tolerance is None and floating:  # features of 16 bits leave wider inputs a gradient as exact as they are
         tolerance = max(TOLERANCE[dtype] for dtype in floating)
-    floors = dict(call.floors(plain, guards[f"grad_{_names(outs)[0]}"].tensor)) if call.floors else {}
-    actual: dict[str, Tensor | None] = {**dict(zip(_names(outs), outs, strict=True)), **grads}
-    expected: dict[str, Tensor | None] = {**dict(zip(_names(outs), expected_outs, strict=True)), **expected_grads}
+    floors = dict(call.floors(plain, guards[0].tensor)) if call.floors and guards else {}
+    actual: dict[str, Tensor | None] = {**dict(zip(names, outs, strict=True)), **grads}
+    expected: dict[str, Tensor | None] = {**dict(zip(names, expected_outs, strict=True)), **expected_grads}
+    unknown = sorted(set(floors) - set(expected))
+    if unknown:
+        raise ValueError(f"check_call: floors names {unknown}; accepted are the results, {sorted(expected)}")
+    for name, out, want in zip(names, outs, expected_outs, strict=True):
+        if not out.is_floating_point():
+            assert out.to(want.dtype).equal(want), f"{name} differs, of {out.dtype} values"
+            del actual[name], expected[name]
     assert_all_close(actual, expected, tolerance=tolerance, element=element, floors=floors)
     if repeat:
         again, grads_again, _ = run()
-        for name, t in {**dict(zip(_names(outs), again, strict=True)), **grads_again}.items():
-            if t is not None:
-                assert_identical(t, actual[name], f"{name} of a second run")  # type: ignore[arg-type]
+        for name, t in {**dict(zip(names, again, strict=True)), **grads_again}.items():
+            former = {**dict(zip(names, outs, strict=True)), **grads}[name]
+            if t is not None and former is not None:
+                assert_identical(t, former, f"{name} of a second run")
 
 
 def check_op(
@@ -161,6 +255,7 @@ def check_op(
     device: torch.device | str | None = None,
     tolerance: float | None = None,
     element: float | None = None,
+    same_dtype: bool = True,
     repeat: bool = True,
     opcheck: bool = True,
 ) -> None:
@@ -172,12 +267,15 @@ def check_op(
         strategy: of `Call`, from `strategies.calls` or `strategies.region_calls`.
         examples: how many calls; the same ones in every run.
         device: where; by default CUDA where there is a GPU, unless kernels are interpreted.
-        tolerance, element: see `mismatch`; by default those of the least precise dtype of the call.
+        tolerance, element: see `mismatch`; by default those of the least precise dtype among the inputs.
+        same_dtype: whether floating outputs must have the dtype of the first floating input.
         repeat: whether a second run must give the same bits, gradients included.
-        opcheck: whether each custom op that runs inside, forward or backward, goes through torch.library.opcheck.
+        opcheck: whether each custom op that runs inside, forward or backward, goes through torch.library.opcheck, on
+            up to 8 calls of different dtypes, layouts and shapes.
 
-    A gradient that the reference has and the op lacks fails, and so does NaN, a write outside of what the op
-    allocates, and a read outside of its inputs that reaches a result.
+    A gradient that the reference has and the op lacks fails, and so does NaN, a write to the inputs or outside of what
+    the op allocates through torch, and a read outside of the inputs that reaches a result. Outputs that are not
+    floating must equal the reference's.
 
     Raises:
         AssertionError: the op is wrong. TypeError, ValueError: an argument is.
@@ -187,29 +285,21 @@ def check_op(
         import hypothesis
     except ImportError as error:
         raise ImportError("check_op needs the package hypothesis: pip install 'dyreg-triton[test]'") from error
-    for name, function in (("op", op), ("reference", reference)):
-        if not callable(function):
-            raise TypeError(f"check_op: {name} is {function!r}; accepted is a callable")
+    flags = {"same_dtype": same_dtype, "repeat": repeat, "opcheck": opcheck}
+    bounds = {"tolerance": tolerance, "element": element}
+    device = _options("check_op", op, reference, device, bounds, flags)
     if not isinstance(strategy, hypothesis.strategies.SearchStrategy):
         raise TypeError(f"check_op: strategy is {strategy!r}; accepted is a Hypothesis strategy of Call")
     if not is_integer(examples) or examples < 1:
         raise ValueError(f"check_op: examples is {examples!r}; accepted is an integer > 0")
-    flag("check_op", "repeat", repeat)
-    flag("check_op", "opcheck", opcheck)
-    if device is not None:
-        as_device("check_op", device)
-    for name, bound in (("tolerance", tolerance), ("element", element)):
-        if bound is not None:
-            _bound("check_op", name, bound)
-    examples = int(examples)
-    known: set = set()
+    opchecks = _Opcheck()
 
-    @settings(examples)
+    @settings(int(examples))
     @hypothesis.given(call=strategy)
     def every_call(call: Call) -> None:
         check_call(
-            op, reference, call, device=device, tolerance=tolerance, element=element, repeat=repeat,
-            opcheck=opcheck, _known=known,
+            op, reference, call, device=device, tolerance=tolerance, element=element, same_dtype=same_dtype,
+            repeat=repeat, opcheck=opcheck, _opchecks=opchecks,
         )  # fmt: skip
 
     every_call()

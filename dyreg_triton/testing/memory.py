@@ -17,6 +17,15 @@ from .comparators import assert_identical
 LAYOUTS = ("contiguous", "aligned", "transposed", "channels_last", "reversed", "sliced", "expanded")
 
 
+# NaN that no computation makes: what an op writes outside of its outputs, NaN read from elsewhere included, has others
+_POISON = {
+    torch.float16: (torch.int16, 0x7E5A),
+    torch.bfloat16: (torch.int16, 0x7FDA),
+    torch.float32: (torch.int32, 0x7FC5A5A5),
+    torch.float64: (torch.int64, 0x7FF85A5A5A5A5A5A),
+}
+
+
 class Guarded:
     """Values laid out in a larger buffer in which every other element is NaN.
 
@@ -32,7 +41,8 @@ class Guarded:
     `tensor` is the tensor, `buffer` the memory around it.
     """
 
-    MARGIN = 67  # at least, on either side; odd, so that the data are not aligned to more than one element
+    # At least, on either side: wider than a block. Odd, so that the data are not aligned to more than one element.
+    MARGIN = 1027
 
     def __init__(self, values: Tensor, layout: str = "contiguous"):
         if not is_dense(values) or not values.is_floating_point():
@@ -57,7 +67,7 @@ class Guarded:
             step = step * max(values.shape[axis], 1) + (3 if layout == "sliced" else 0)
         if layout == "expanded" and rank and values.shape[0]:
             values = values[:1].expand_as(values)
-        start = 128 if layout == "aligned" else self.MARGIN
+        start = 1152 if layout == "aligned" else self.MARGIN
         self.buffer = values.new_full((start + step + self.MARGIN,), math.nan)
         self.tensor = self.buffer.as_strided(values.shape, strides, start)
         if layout == "expanded" and rank and values.shape[0]:
@@ -75,19 +85,22 @@ class Guarded:
 def poisoned_outputs() -> Iterator[None]:
     """Inside, uninitialised floating tensors made from Python hold NaN and lie between NaN.
 
-    What is never written shows in the result; writing outside of one fails at the end.
+    What is never written shows in the result; writing outside of one, be it NaN, fails at the end. torch's functions
+    are replaced for all threads meanwhile.
     """
-    margin = 64  # whole cache lines, so that the tensors are aligned as they are elsewhere
+    margin = 1024  # wider than a block, and whole cache lines, so that the tensors are aligned as they are elsewhere
     buffers: list[tuple[Tensor, int]] = []
 
     def poisoned(make: Callable[..., Tensor], plain_empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             t = make(*args, **kwargs)
-            if not t.is_floating_point() or t.device.type == "meta":
+            if t.dtype not in _POISON or t.device.type == "meta" or kwargs.get("out") is not None:
                 return t
             span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
             with torch.no_grad():
-                buffer = plain_empty(span + 2 * margin, dtype=t.dtype, device=t.device).fill_(math.nan)
+                buffer = plain_empty(span + 2 * margin, dtype=t.dtype, device=t.device)
+                bits, pattern = _POISON[t.dtype]
+                buffer.view(bits).fill_(pattern)
                 buffers.append((buffer, span))
                 return buffer.as_strided(t.shape, t.stride(), margin).requires_grad_(t.requires_grad)
 
@@ -105,5 +118,6 @@ def poisoned_outputs() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name), plain_empty)))
         yield
     for buffer, span in buffers:
-        outside = torch.cat([buffer[:margin], buffer[margin + span :]])
-        assert outside.isnan().all(), "memory outside of an output was written"
+        bits, pattern = _POISON[buffer.dtype]
+        outside = torch.cat([buffer[:margin], buffer[margin + span :]]).view(bits)
+        assert outside.eq(pattern).all(), "memory outside of an output was written"
