@@ -61,6 +61,7 @@ class Code:
     shared: int  # bytes
     tensor_core: int  # matrix instructions
     load_bytes: int  # widest load from global memory, per thread
+    narrowest: int  # narrowest load
     store_bytes: int  # widest store to global memory, per thread
     num_warps: int
 
@@ -135,6 +136,7 @@ def inspect(compiled: Any, target: str) -> Code:
         shared=metadata.shared,
         tensor_core=tensor_core,
         load_bytes=max(loads, default=0),
+        narrowest=min(loads, default=0),
         store_bytes=max(stores, default=0),
         num_warps=metadata.num_warps,
     )
@@ -142,9 +144,10 @@ def inspect(compiled: Any, target: str) -> Code:
 
 # What a launch config depends on: sizes on both sides of every choice that `tuning.region` makes.
 FRAMES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
-NODES = (1, 9, 16, 17, 32, 33, 64, 65)
-CHANNELS = (1, 16, 17, 32, 33, 64, 256, 512, 2048)
+NODES = (9, 1, 16, 17, 32, 33, 64, 65, 100)
+CHANNELS = (512, 1, 16, 17, 32, 33, 64, 256, 2048)
 SIZES = ((1, 1), (4, 4), (5, 5), (7, 7), (8, 8), (9, 9), (14, 14), (13, 17), (16, 16), (28, 28), (56, 56))
+COMMON = ((7, 7), (13, 17), (14, 14), (16, 16), (28, 28), (56, 56))
 KINDS = ("gather", "scatter", "gather_moments", "scatter_moments", "dense", "dense_moments")
 DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 with torch's matmul precision at "high"
 LAYOUTS = ("contiguous", "channels_last", "sliced")
@@ -173,17 +176,18 @@ class Case(NamedTuple):
         cells = self.size[0] * self.size[1]
         return tuning.region(self.kind, self.frames, self.nodes, channels, cells, self.torch_dtype.itemsize)
 
-    def wide(self) -> int:
-        """Bytes that an access of the map can have: what divides its rows of memory, and what a thread has of a tile.
+    def wide(self, lanes: int) -> int:
+        """Bytes that an access of the map can have, with `lanes` threads in a warp.
 
-        A contiguous map whose cells fit one tile is one run, so only the frame has to divide.
+        What divides its runs of memory, and what a thread has of a tile. A contiguous map whose cells fit one tile is
+        one run, so only the frame has to divide.
         """
         config, itemsize = self.config(), self.torch_dtype.itemsize
         height, width = self.size
         run = {"contiguous": height * width, "channels_last": self.channels, "sliced": 1}[self.layout]
         if self.layout == "contiguous" and (run <= config.block_p or self.channels == 1):
             run *= self.channels
-        tile = config.block_c * config.block_p * itemsize // (32 * config.num_warps)
+        tile = config.block_c * config.block_p * itemsize // (lanes * config.num_warps)
         return min(math.gcd(16, run * itemsize), max(itemsize, tile))
 
     def launch(self) -> None:
@@ -218,7 +222,7 @@ class Case(NamedTuple):
 
 
 def region_cases(everything: bool) -> list[Case]:
-    """One case for every config that the heuristic can choose, per dtype and profile; layouts on two common sizes.
+    """One case for every config that the heuristic can choose, and for common sizes, per dtype and profile.
 
     Without `everything`: 14 x 14 and 56 x 56 in two dtypes.
     """
@@ -232,14 +236,20 @@ def region_cases(everything: bool) -> list[Case]:
     for (n, frames, c, size), kind, dtype in itertools.product(sizes, KINDS, DTYPES):
         if kind != "scatter_moments" or n <= 16:
             case = Case(kind, frames, n, c, size, dtype)
-            # an aligned number of channels is the common one; and maps of one run are another program
-            key = (kind, dtype, case.config(), case.layout, size[0] * size[1] <= case.config().block_p)
+            config = case.config()
+            # maps of one run, and regions of several blocks, are other programs; aligned channels are the common ones
+            key = (kind, dtype, config, size[0] * size[1] <= config.block_p, n > config.block_n)
             if key not in cases or (c % 16 == 0 and cases[key].channels % 16):
                 cases[key] = case
+    for size, kind, dtype in itertools.product(COMMON, KINDS, DTYPES):
+        cases[kind, dtype, size] = Case(kind, 160, 9, 512, size, dtype)
     found = [case._replace(profile=p) for case in cases.values() for p in ("linear", "gaussian", "log-linear")]
-    for layout, size, dtype, kind in itertools.product(LAYOUTS[1:], ((7, 7), (14, 14)), DTYPES, KINDS[:4]):
-        found.append(Case(kind, 160, 9, 512, size, dtype, layout=layout))
-    return found
+    for kind, dtype in itertools.product(KINDS[:4], DTYPES):
+        for layout, size in itertools.product(LAYOUTS[1:], ((7, 7), (14, 14))):
+            found.append(Case(kind, 160, 9, 512, size, dtype, layout=layout))
+        # one channel is a constant to the compiler; of an odd number, the only wide loads are those of the map
+        found += [Case(kind, 160, 9, 1, (7, 7), dtype), Case(kind, 160, 9, 511, (28, 28), dtype)]
+    return list(dict.fromkeys(found))
 
 
 def compile_case(target: str, case: Case) -> list[Code]:
@@ -261,11 +271,17 @@ def problems(case: Case, code: Code) -> list[str]:
         found.append("spills")
     if code.shared > SHARED_LIMIT[code.target]:
         found.append("too much shared memory")
-    wide = case.wide() if code.target.startswith("sm") else min(case.wide(), 8) // 2  # a wavefront has 64 threads
+    wide = case.wide(TARGETS[code.target].warp_size)
     if case.kind == "scatter_moments" and case.nodes > 16:  # two passes, each with a config of its own
         return found
     if case.kind in ("gather", "gather_moments", "scatter_moments") and code.load_bytes < wide:
         found.append(f"loads {code.load_bytes} of {wide} bytes")
+    # the nodes' loads are wide whatever the map's are, where a thread has more than one of them; on NVIDIA
+    config = case.config()
+    share = config.block_c * config.block_n * case.torch_dtype.itemsize // (32 * config.num_warps)
+    nodes = case.kind in ("gather_moments", "scatter_moments") and code.target.startswith("sm")
+    if nodes and case.channels % 16 == 0 and code.narrowest < min(wide, share, 4):
+        found.append(f"loads {code.narrowest} of {wide} bytes")
     if case.kind in ("scatter", "scatter_moments") and code.store_bytes < wide:
         found.append(f"stores {code.store_bytes} of {wide} bytes")
     return found

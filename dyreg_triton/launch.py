@@ -94,6 +94,17 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
+def register_limit(registers: int | None) -> dict[str, int]:
+    """A limit of registers per thread as a launch option, which only NVIDIA's compiler takes."""
+    from triton.runtime import driver
+
+    from .kernels.common import interpreted
+
+    if registers is None or interpreted() or driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": registers}
+
+
 def launch(kernel: Any, programs: int, tensor: Tensor, *args: Any, **constants: Any) -> None:
     """Run `programs` programs of a Triton kernel under the device of `tensor`."""
     guard = torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()

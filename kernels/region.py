@@ -13,9 +13,10 @@ Tiling: a program owns BLOCK_C channels of a frame and walks the map's cells, fl
 keep 8- or 16-byte loads where rows of 14 or 28 cells would give 4 or 8. Where a channel's cells do not divide even so
 (7 x 7), but fit one tile, the tile is loaded as one run of memory and dealt out on chip. The regions sit in the other
 dimension of the product, at least 16 (the tensor cores' least), so the product costs as much for 16 regions as for one;
-64 fit one program, 16 where it reads and writes a map (beyond, that backward is two launches, which move the same
-bytes). Each program sums the axes for itself (H + W cells per region, a fraction of a tile). Programs of a frame differ
-only in channels; parameter gradients leave one row per program and are summed afterwards, in fixed order.
+64 fit one program, 32 where it keeps moments, 16 where it reads and writes a map (beyond, pooling's backward is two
+launches, which move the same bytes). Each program sums the axes for itself (H + W cells per region, a fraction of a
+tile). Programs of a frame differ only in channels; parameter gradients leave one row per program and are summed
+afterwards, in fixed order.
 Compact profiles skip tiles that no region touches: gather then does not read them, and scatter writes zeros.
 Occupancy hides the latency of the loads, since a load under a condition is not pipelined; hence small tiles and few
 registers rather than stages.

@@ -25,7 +25,7 @@ from .. import reference, tuning
 from ..autocast import lowered
 from ..dispatch import choose
 from ..eager import region as eager
-from ..launch import accumulator, launch, leading, map_layout, precision, wider
+from ..launch import accumulator, launch, leading, map_layout, precision, register_limit, wider
 from ..validate import region_arguments
 
 
@@ -158,6 +158,7 @@ def _constants(
         "N": regions.shape[-2], "H": size[0], "W": size[1], "PROFILE": profile,
         "ACC": accumulator(kernel_input.dtype),
         "BLOCK_N": config.block_n, "BLOCK_P": config.block_p, "BLOCK_AXIS": 32, "num_warps": config.num_warps,
+        **register_limit(config.registers),
     }  # fmt: skip
 
 

@@ -14,9 +14,12 @@ class Config:
     block_c: int
     block_p: int
     num_warps: int = 4
+    registers: int | None = None  # the most that a thread may have, on NVIDIA; None leaves it to the compiler
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if name == "registers":
+                continue
             if value <= 0 or value & (value - 1):
                 raise ValueError(f"Config: {name} is {value!r}; accepted is a power of two")
 
@@ -42,14 +45,17 @@ _FILL = 512  # programs that fill a large GPU about twice
 def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsize: int) -> Config:
     """Blocks for a region kernel: `kind` is what it does, see kernels/region.py.
 
-    A program takes all regions up to 64 (16 where it both reads and writes a map, beyond which registers spill), and
-    cells shrink as regions grow, faster where moments are kept; channels shrink while there are too few programs to
-    fill a large GPU. A map of up to 64 cells is one tile, for it is read and written as one run of wide accesses. No
-    block exceeds what its dimension needs, and none falls below the matrix product's least, 16. Four warps work on a
-    small tile, so that a thread's share is still a wide access.
+    A program takes all regions up to 64 (32 where it keeps moments or where there are more than 64 to scatter, 16 where
+    it both reads and writes a map, beyond which registers spill), and cells shrink as regions grow, faster where
+    moments are kept; channels shrink while there are too few programs to fill a large GPU. A map of up to 64 cells is
+    one tile, for it is read and written as one run of wide accesses. No block exceeds what its dimension needs, and
+    none falls below the matrix product's least, 16. Four warps work on a small tile, so that a thread's share is still
+    a wide access. Where float32 products meet moments, the compiler would rather spill a register than run fewer
+    programs at once, unless it is told otherwise.
     """
     block_c, block_p = _REGION[kind][itemsize >= 4]
-    block_n = min(16 if kind == "scatter_moments" else 64, max(16, _power_of_two(nodes)))
+    most = {"gather_moments": 32, "scatter_moments": 16, "scatter": 64 if nodes <= 64 else 32}.get(kind, 64)
+    block_n = min(most, max(16, _power_of_two(nodes)))
     shrink = (block_n // 16) ** (2 if kind.endswith("moments") else 1)
     whole = max(16, _power_of_two(cells))
     if shrink == 1 and block_p <= whole <= 64:
@@ -60,4 +66,5 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
     block_c = max(16, min(block_c, _power_of_two(channels)))
     while block_c > 16 and frames * -(-channels // block_c) < _FILL:
         block_c //= 2
-    return Config(block_n, block_c, block_p, 4 if kind.startswith("dense") or block_c * block_p <= 512 else 8)
+    num_warps = 4 if kind.startswith("dense") or block_c * block_p <= 512 else 8
+    return Config(block_n, block_c, block_p, num_warps, 255 if kind == "gather_moments" and itemsize >= 4 else None)
