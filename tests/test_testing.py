@@ -564,6 +564,29 @@ def test_check_op_puts_custom_ops_through_opcheck() -> None:
             check_op(with_fake(which), lambda x: 2 * x, calls)
 
 
+def test_check_op_takes_custom_ops_inside_of_a_function() -> None:
+    """They have no formula of their own, for the Function around them is it."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return bare(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return bare(grad)
+
+    check_op(Twice.apply, lambda x: 2 * x, strategies.calls(x=strategies.tensor("M", "K")))
+
+
+@torch.library.custom_op("dyreg_triton_tests::bare", mutates_args=())
+def bare(x: Tensor) -> Tensor:
+    return (2 * x).contiguous()
+
+
+bare.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
 def test_check_op_puts_the_ops_of_a_backward_through_opcheck() -> None:
     """The forward is as registered; the op that its backward runs promises another shape."""
     backward = torch.library.custom_op("dyreg_triton_tests::half_backward", lambda grad: grad / 2,

@@ -53,6 +53,15 @@ def _alone(value: Any) -> Any:
     return alone.copy_(value.detach())
 
 
+def _has_formula(custom: Any) -> bool:
+    """Whether autograd knows this op; one that runs inside of an autograd.Function need not."""
+    definition = torch._library.custom_ops.OPDEFS.get(custom._schema.name)
+    if definition is not None:
+        return definition._backward_fn is not None
+    keys = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(custom.name(), key) for key in keys)
+
+
 class _Opcheck:
     """torch.library.opcheck for the custom ops that an op runs, each on a few calls that differ in kind.
 
@@ -87,7 +96,7 @@ class _Opcheck:
         if kind in passed or (len(passed) >= self.CALLS and not self.failed):
             return
         for t in tensors:
-            t.requires_grad_(differentiable and t.is_floating_point())
+            t.requires_grad_(differentiable and t.is_floating_point() and _has_formula(custom))
         try:
             torch.library.opcheck(custom, args, kwargs)
         except Exception as error:
