@@ -34,7 +34,7 @@ _REGION = {
     "gather": ((64, 128), (64, 32)),  # 16-bit, 32-bit
     "scatter": ((64, 64), (64, 32)),
     "gather_moments": ((64, 64), (64, 32)),
-    "scatter_moments": ((64, 32), (16, 32)),
+    "scatter_moments": ((64, 32), (32, 16)),
     "dense": ((16, 256), (16, 256)),
     "dense_moments": ((16, 64), (16, 64)),
 }
@@ -50,8 +50,8 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
     moments are kept; channels shrink while there are too few programs to fill a large GPU. A map of up to 64 cells is
     one tile, for it is read and written as one run of wide accesses. No block exceeds what its dimension needs, and
     none falls below the matrix product's least, 16. Four warps work on a small tile, so that a thread's share is still
-    a wide access. Where float32 products meet moments, the compiler would rather spill a register than run fewer
-    programs at once, unless it is told otherwise.
+    a wide access. Where float32 products or small tiles meet moments, the compiler would rather spill a register than
+    run fewer programs at once, unless it is told otherwise.
     """
     block_c, block_p = _REGION[kind][itemsize >= 4]
     most = {"gather_moments": 32, "scatter_moments": 16, "scatter": 64 if nodes <= 64 else 32}.get(kind, 64)
@@ -66,5 +66,7 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
     block_c = max(16, min(block_c, _power_of_two(channels)))
     while block_c > 16 and frames * -(-channels // block_c) < _FILL:
         block_c //= 2
-    num_warps = 4 if kind.startswith("dense") or block_c * block_p <= 512 else 8
-    return Config(block_n, block_c, block_p, num_warps, 255 if kind == "gather_moments" and itemsize >= 4 else None)
+    small = block_c * block_p <= 512
+    unlimited = kind in ("gather_moments", "scatter_moments") and (small or itemsize >= 4)
+    num_warps = 4 if small or kind.startswith("dense") else 8
+    return Config(block_n, block_c, block_p, num_warps, 255 if unlimited else None)
