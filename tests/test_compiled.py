@@ -61,6 +61,12 @@ def test_other_numbers_of_regions(n):
     fit("sm_90", "bfloat16", n=n)
 
 
+@pytest.mark.parametrize("size", [(7, 7), (14, 14)], ids=str)
+def test_one_channel(size):
+    """A constant to the compiler, unlike to the interpreter."""
+    fit("sm_90", "bfloat16", size=size, channels=1)
+
+
 def test_tf32_uses_tensor_cores():
     codes = fit("sm_90", "tf32")
     assert all(code.tensor_core > 0 for kind in compiled.KINDS[:4] for code in codes[kind])

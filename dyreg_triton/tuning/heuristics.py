@@ -50,8 +50,8 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
     moments are kept; channels shrink while there are too few programs to fill a large GPU. A map of up to 64 cells is
     one tile, for it is read and written as one run of wide accesses. No block exceeds what its dimension needs, and
     none falls below the matrix product's least, 16. Four warps work on a small tile, so that a thread's share is still
-    a wide access. Where float32 products or small tiles meet moments, the compiler would rather spill a register than
-    run fewer programs at once, unless it is told otherwise.
+    a wide access. Where moments meet float32 products, small tiles or maps of an odd number of cells, the compiler
+    would rather spill a register than run fewer programs at once, unless it is told otherwise.
     """
     block_c, block_p = _REGION[kind][itemsize >= 4]
     most = {"gather_moments": 32, "scatter_moments": 16, "scatter": 64 if nodes <= 64 else 32}.get(kind, 64)
@@ -67,6 +67,7 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
     while block_c > 16 and frames * -(-channels // block_c) < _FILL:
         block_c //= 2
     small = block_c * block_p <= 512
-    unlimited = kind in ("gather_moments", "scatter_moments") and (small or itemsize >= 4)
+    tight = small or itemsize >= 4 or (cells > 64 and cells % 2 == 1)
+    unlimited = tight and kind in ("gather_moments", "scatter_moments")
     num_warps = 4 if small or kind.startswith("dense") else 8
     return Config(block_n, block_c, block_p, num_warps, 255 if unlimited else None)
