@@ -162,7 +162,7 @@ environment() {
 suite() {
   local pytest=("$PYTHON" -m pytest -p no:cacheprovider --tb=short -rfE)
   if [[ $DRY_RUN == 1 ]]; then
-    "${pytest[@]}" tests/test_support.py -k "rounding or identical"
+    "${pytest[@]}" tests/test_testing.py -k "rounding or identical"
   else
     "${pytest[@]}" --maxfail=20 --durations=10 -m "not slow and not compiled"
   fi
