@@ -34,7 +34,7 @@ _REGION = {
     "gather": ((64, 128), (64, 32)),  # 16-bit, 32-bit
     "scatter": ((64, 64), (64, 32)),
     "gather_moments": ((64, 64), (64, 32)),
-    "scatter_moments": ((64, 32), (32, 16)),
+    "scatter_moments": ((32, 32), (32, 16)),
     "dense": ((16, 256), (16, 256)),
     "dense_moments": ((16, 64), (16, 64)),
 }
@@ -66,8 +66,10 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
     block_c = max(16, min(block_c, _power_of_two(channels)))
     while block_c > 16 and frames * -(-channels // block_c) < _FILL:
         block_c //= 2
-    small = block_c * block_p <= 512
-    tight = small or itemsize >= 4 or (cells > 64 and cells % 2 == 1)
-    unlimited = tight and kind in ("gather_moments", "scatter_moments")
+    tile = block_c * block_p
+    small = tile <= (1024 if kind == "scatter_moments" and itemsize <= 2 else 512)
+    unlimited = kind in ("gather_moments", "scatter_moments") and (
+        tile <= 512 or itemsize >= 4 or (cells > 64 and cells % 2 == 1)
+    )
     num_warps = 4 if small or kind.startswith("dense") else 8
     return Config(block_n, block_c, block_p, num_warps, 255 if unlimited else None)
