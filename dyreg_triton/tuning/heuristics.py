@@ -33,7 +33,7 @@ def _power_of_two(n: int) -> int:
 _REGION = {
     "gather": ((64, 128), (64, 32)),  # 16-bit, 32-bit
     "scatter": ((64, 64), (64, 32)),
-    "gather_moments": ((64, 64), (64, 32)),
+    "gather_moments": ((64, 64), (32, 16)),
     "scatter_moments": ((32, 32), (32, 16)),
     "dense": ((16, 256), (16, 256)),
     "dense_moments": ((16, 64), (16, 64)),
@@ -60,8 +60,6 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
     whole = max(16, _power_of_two(cells))
     if shrink == 1 and block_p <= whole <= 64:
         block_c, block_p = block_c * block_p // whole // (2 if kind == "gather_moments" else 1), whole
-    if shrink > 1 and itemsize >= 4 and kind == "gather_moments":  # larger tiles spill
-        block_c = 32
     block_p = max(16, min(block_p // shrink, whole))
     block_c = max(16, min(block_c, _power_of_two(channels)))
     while block_c > 16 and frames * -(-channels // block_c) < _FILL:
