@@ -425,7 +425,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             alone.append({name: p.grad.clone() for name, p in layer.named_parameters()})
         expected = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}
         for found in (first, second):
-            assert_results_close(found["gradients"][0], expected, 1e-5)
+            assert_results_close(found["gradients"][0], expected, 1e-4)  # another number of threads sums otherwise
             for gradients in found["gradients"][1:]:
                 assert gradients.keys() == expected.keys()
         for name, _ in layer.named_parameters():
