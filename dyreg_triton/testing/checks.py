@@ -144,8 +144,9 @@ def _options(
     op: Any,
     reference: Any,
     device: Any,
-    bounds: Mapping[str, Any],
-    flags: Mapping[str, Any],
+    tolerance: Any,
+    element: Any,
+    **flags: Any,
 ) -> torch.device:
     """Check what `check_call` and `check_op` share; the device."""
     for name, function in (("op", op), ("reference", reference)):
@@ -153,7 +154,7 @@ def _options(
             raise TypeError(f"{who}: {name} is {function!r}; accepted is a callable")
     for name, value in flags.items():
         flag(who, name, value)
-    for name, bound in bounds.items():
+    for name, bound in (("tolerance", tolerance), ("element", element)):
         if bound is not None:
             _bound(who, name, bound)
     device = default_device() if device is None else as_device(who, device)
@@ -176,9 +177,9 @@ def check_call(
     _opchecks: _Opcheck | None = None,
 ) -> None:
     """`check_op` for one call; its options."""
-    flags = {"same_dtype": same_dtype, "repeat": repeat, "opcheck": opcheck}
-    bounds = {"tolerance": tolerance, "element": element}
-    device = _options("check_call", op, reference, device, bounds, flags)
+    device = _options(
+        "check_call", op, reference, device, tolerance, element, same_dtype=same_dtype, repeat=repeat, opcheck=opcheck
+    )
     if not isinstance(call, Call):
         raise TypeError(f"check_call: call is {call!r}; accepted is a dyreg_triton.testing.Call")
     with torch.enable_grad():
@@ -294,9 +295,9 @@ def check_op(
         import hypothesis
     except ImportError as error:
         raise ImportError("check_op needs the package hypothesis: pip install 'dyreg-triton[test]'") from error
-    flags = {"same_dtype": same_dtype, "repeat": repeat, "opcheck": opcheck}
-    bounds = {"tolerance": tolerance, "element": element}
-    device = _options("check_op", op, reference, device, bounds, flags)
+    device = _options(
+        "check_op", op, reference, device, tolerance, element, same_dtype=same_dtype, repeat=repeat, opcheck=opcheck
+    )
     if not isinstance(strategy, hypothesis.strategies.SearchStrategy):
         raise TypeError(f"check_op: strategy is {strategy!r}; accepted is a Hypothesis strategy of Call")
     if not is_integer(examples) or examples < 1:
