@@ -26,7 +26,7 @@ from ..autocast import lowered
 from ..dispatch import choose
 from ..eager import region as eager
 from ..launch import accumulator, launch, leading, map_layout, precision, register_limit, wider
-from ..validate import region_arguments
+from ..validate.region import region_arguments
 
 
 def _refuse_transforms(op: str, *tensors: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
-from ..validate import region_arguments
+from ..validate.region import region_arguments
 
 
 def _profile(center: Tensor, extent: Tensor, length: int, profile: str, temperature: float) -> Tensor:
