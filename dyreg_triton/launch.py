@@ -75,6 +75,35 @@ def map_layout(t: Tensor, lead: tuple[int, int, int]) -> MapLayout:
     return MapLayout(tuple(strides), flat, align, channels_last, gapless)
 
 
+class ClipLayout(NamedTuple):
+    """How a kernel addresses a clip (B, L, C, T, H, W) without copying it.
+
+    `strides`: in that order, all but the one that is 1 divided by `align` as a `MapLayout`'s are. `form` is the
+    compile-time side: whether positions are at multiples of the W stride, `align`, and whether channels have stride 1.
+    """
+
+    strides: tuple[int, ...]
+    form: tuple[bool, int, bool]
+
+
+def clip_layout(t: Tensor) -> ClipLayout:
+    """The layout of clip `t`, (B, L, C, T, H, W) or without L."""
+    if t.dim() == 5:
+        t = t.unsqueeze(1)
+    strides = [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    kept = [i for i in (3, 4, 5) if t.shape[i] != 1]
+    flat = all(strides[a] == strides[b] * t.shape[b] for a, b in itertools.pairwise(kept))
+    if flat:
+        strides[3:] = [0, 0, strides[kept[-1]] if kept else 0]
+    channels_last = strides[2] == 1 and strides[5] != 1
+    unit = 2 if channels_last else 5
+    others = [s for i, s in enumerate(strides) if i != unit]
+    align = math.gcd(16 // t.element_size(), *others) if strides[unit] == 1 else 1
+    return ClipLayout(
+        tuple(s if i == unit else s // align for i, s in enumerate(strides)), (flat, align, channels_last)
+    )
+
+
 def wider(dtype: torch.dtype) -> torch.dtype:
     """What sums over `dtype` accumulate in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

@@ -29,7 +29,8 @@ from dyreg_triton.testing import (
     value_and_gradients,
 )
 from dyreg_triton.testing.regions import REGION_OPS, RegionCase
-from dyreg_triton.testing.strategies import region_cases
+from dyreg_triton.testing.relational import RELATIONAL_CONTEXTS, RELATIONAL_KERNELS, RelationalCase
+from dyreg_triton.testing.strategies import region_cases, relational_cases
 from dyreg_triton.validate import PROFILES
 
 __all__ = [
@@ -39,9 +40,12 @@ __all__ = [
     "PROFILES",
     "REGION_KINDS",
     "REGION_OPS",
+    "RELATIONAL_CONTEXTS",
+    "RELATIONAL_KERNELS",
     "TOLERANCE",
     "Guarded",
     "RegionCase",
+    "RelationalCase",
     "assert_all_close",
     "assert_close",
     "assert_identical",
@@ -53,6 +57,7 @@ __all__ = [
     "poisoned_outputs",
     "random_regions",
     "region_cases",
+    "relational_cases",
     "relative_error",
     "run",
     "settings",

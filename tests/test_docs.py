@@ -131,6 +131,8 @@ def test_public_names_are_documented(module: object) -> None:
         ("dyreg.md", (dt.layers.DyReG.__init__, DynamicGraph.__init__, dt.layers.regions_from_offsets)),
         ("rstg.md", (dt.layers.RSTG.__init__,)),
         ("region.md", (dt.ops.region_pool, dt.ops.region_remap, dt.ops.region_kernel)),
+        ("rsa.md", (dt.layers.RSA.__init__, dt.layers.RSA.kernels)),
+        ("relational.md", (dt.ops.relational_attention, dt.reference.vanilla_relational_attention)),
         ("testing.md", (testing.check_op, testing.Call.__init__, testing.TensorSpec.__init__, testing.mismatch)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -367,7 +367,7 @@ def test_state_dict_keys(build: Callable[[], torch.nn.Module]) -> None:
 
 @pytest.mark.parametrize("name", ["ops.dyreg.Graph", "DynamicGraph", "", None, 3])
 def test_compat_name(name: object) -> None:
-    accepted = ("ops.dyreg.DynamicGraph", "ops.dyreg.DynamicGraphWrapper", "ops.rstg.RSTG")
+    accepted = ("ops.dyreg.DynamicGraph", "ops.dyreg.DynamicGraphWrapper", "ops.rstg.RSTG", "ops.rsa.RSA")
     with refused(ValueError, "compat.build", repr(name), *map(repr, accepted)):
         dt.compat.build(name, {})  # type: ignore[arg-type]
 

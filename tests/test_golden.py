@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support import assert_close, backends, backends_and_dtypes, mismatch
+from support import INTERPRETED, assert_close, backends, backends_and_dtypes, mismatch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -120,6 +120,8 @@ def watch(module: nn.Module, kept: dict[str, Tensor]) -> None:
             child.register_forward_hook(keep("mid.projected"))
         elif path == "norm_dict.before_graph_norm":
             child.register_forward_hook(keep("mid.before_graph_norm"))
+        elif path == "projection":
+            child.register_forward_hook(keep("mid.projection"))
 
 
 def check_intermediates(golden: Golden, module: nn.Module, kept: dict[str, Tensor]) -> set[str]:
@@ -145,10 +147,17 @@ MODULES = [
 ]
 
 
+RSA = [case for case in CASES if case.startswith("rsa_")]
+# interpreted, the others take too long
+RSA_INTERPRETED = {"rsa_V_V", "rsa_R_V", "rsa_R_VplusR", "rsa_VplusR_R", "rsa_din_ne_dout", "rsa_eps", "rsa_stride122"}
+
+
 def test_all_cases_are_there() -> None:
     """Every file is compared by one of the tests below."""
-    assert len(CASES) == 14
+    assert len(CASES) == 27
     assert len(MODULES) == 10
+    assert len(RSA) == 13
+    assert set(RSA) > RSA_INTERPRETED
     assert len(CASES["dyreg_center_default"]) == 2
 
 
@@ -178,6 +187,27 @@ def test_module(backend: str, dtype: torch.dtype, case: str, device: torch.devic
     else:
         assert {"mid.regions", "mid.kernel", "mid.nodes", "mid.graph_nodes"} < compared
         assert compared & {"mid.fishnet", "mid.glore"}
+
+
+@pytest.mark.parametrize("case", RSA)
+@on_backends_and_dtypes
+def test_rsa(backend: str, dtype: torch.dtype, case: str, device: torch.device) -> None:
+    if backend == "triton" and INTERPRETED and case not in RSA_INTERPRETED:
+        pytest.skip("takes too long where kernels are interpreted")
+    golden = Golden(case, device)
+    module = dt.compat.build(golden.metadata["upstream_class"], golden.json("ctor")).to(device)
+    module.load_state_dict(golden.under("state"), strict=True)
+    module.eval().to(dtype)
+    kept: dict[str, Tensor] = {}
+    watch(module, kept)
+    x = golden.under("input")["x"].to(dtype).requires_grad_()
+    with dt.backend(backend):
+        y = module(x)
+        y.backward(golden.under("input")["g"].to(dtype))
+    assert_largest_close(y.detach(), golden.under("output")["y"], "output.y")
+    assert_close(x.grad, golden.under("grad")["x"], "grad.x", tolerance=TOLERANCES[dtype][1])
+    assert_gradients(golden, module, dict(module.named_parameters()))
+    assert check_intermediates(golden, module, kept) or case in ("rsa_R_R", "rsa_R_VplusR")  # which store none
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("dyreg_pool_")])

@@ -2,6 +2,7 @@
 
 from .dyreg import DyReG
 from .regions import regions_from_offsets
+from .rsa import RSA
 from .rstg import RSTG
 
-__all__ = ["RSTG", "DyReG", "regions_from_offsets"]
+__all__ = ["RSA", "RSTG", "DyReG", "regions_from_offsets"]

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import reference, tuning
 from ..autocast import lowered
@@ -27,20 +26,7 @@ from ..dispatch import choose
 from ..eager import region as eager
 from ..launch import accumulator, launch, leading, map_layout, precision, register_limit, wider
 from ..validate.region import region_arguments
-
-
-def _refuse_transforms(op: str, *tensors: Tensor) -> None:
-    """A custom op would drop forward-mode tangents without a word, and stop torch.func.grad with an obscure one."""
-    if torch.compiler.is_compiling():
-        return
-    dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if dual or any(t.key().name in ("Grad", "Jvp") for t in transforms):
-        raise RuntimeError(
-            f"{op}: forward-mode differentiation and torch.func's gradient transforms are not implemented on the "
-            "triton backend; accepted there is reverse mode (backward, torch.autograd.grad); for the others compute "
-            'under dyreg_triton.backend("eager")'
-        )
+from .custom import once_only, refuse_transforms
 
 
 def region_kernel(
@@ -67,7 +53,7 @@ def region_kernel(
     if name == "reference":
         return reference.region_kernel(regions, size, profile=profile, temperature=temperature)
     if name == "triton":
-        _refuse_transforms("region_kernel", regions)
+        refuse_transforms("region_kernel", regions)
         return _kernel(regions, *size, profile, float(temperature))
     return eager.region_kernel(regions, size, profile, temperature)
 
@@ -108,7 +94,7 @@ def pool_placed(x: Tensor, position: Tensor | None, regions: Tensor, profile: st
         x = x + position.to(x.dtype)
     if name == "reference":
         return reference.region_pool(x, regions, profile=profile, temperature=temperature)
-    _refuse_transforms("region_pool", x, regions)
+    refuse_transforms("region_pool", x, regions)
     lead = x.shape[:-3]
     if len(lead) > 3:  # the kernels address up to three leading dimensions in place
         x, regions = x.flatten(0, -4), regions.flatten(0, -3)
@@ -139,7 +125,7 @@ def region_remap(
     if name == "reference":
         return reference.region_remap(nodes, regions, size, profile=profile, temperature=temperature)
     if name == "triton":
-        _refuse_transforms("region_remap", nodes, regions)
+        refuse_transforms("region_remap", nodes, regions)
         lead = nodes.shape[:-2]
         if len(lead) > 3:
             nodes, regions = nodes.flatten(0, -3), regions.flatten(0, -3)
@@ -248,19 +234,6 @@ def _summed(rows: Tensor, regions: Tensor) -> Tensor:
 
 
 # --- the Triton path: each op is schema, implementation, fake, autograd, and a backward op of its own -------
-
-_NO_SECOND = (
-    "{}: second derivatives are not implemented on the triton backend; "
-    'compute the forward under dyreg_triton.backend("eager") to differentiate twice'
-)
-
-
-def _once_only(op: torch.library.CustomOpDef, name: str) -> None:
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(_NO_SECOND.format(name))
-
-    op.register_autograd(refuse)
-
 
 @torch.library.custom_op("dyreg_triton::region_pool", mutates_args=())
 def _pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
@@ -387,6 +360,6 @@ def _kernel_autograd(ctx: Any, grad: Tensor) -> tuple:
 _pool.register_autograd(_pool_autograd, setup_context=_setup)
 _remap.register_autograd(_remap_autograd, setup_context=_setup)
 _kernel.register_autograd(_kernel_autograd, setup_context=_setup)
-_once_only(_pool_backward, "region_pool")
-_once_only(_remap_backward, "region_remap")
-_once_only(_kernel_backward, "region_kernel")
+once_only(_pool_backward, "region_pool")
+once_only(_remap_backward, "region_remap")
+once_only(_kernel_backward, "region_kernel")

@@ -31,6 +31,7 @@ from .comparators import (
 )
 from .memory import LAYOUTS, Guarded, poisoned_outputs
 from .regions import REGION_KINDS, RegionSpec, random_regions
+from .relational import RelationalSpec
 
 if TYPE_CHECKING:
     from . import strategies
@@ -42,6 +43,7 @@ __all__ = [
     "Call",
     "Guarded",
     "RegionSpec",
+    "RelationalSpec",
     "TensorSpec",
     "assert_all_close",
     "assert_close",

@@ -14,7 +14,9 @@ from torch import Tensor
 from ..validate import choice, is_dense, what
 from .comparators import assert_identical
 
-LAYOUTS = ("contiguous", "aligned", "transposed", "channels_last", "reversed", "sliced", "expanded")
+LAYOUTS = (
+    "contiguous", "aligned", "transposed", "channels_last", "channels_last_3d", "reversed", "sliced", "expanded",
+)  # fmt: skip
 
 
 # NaN that no computation makes: what an op writes outside of its outputs, NaN read from elsewhere included, has others
@@ -36,7 +38,8 @@ class Guarded:
             dimension.
         layout: one of LAYOUTS. Data start at an odd element, but for "aligned", which is contiguous at a multiple
             of 128. "transposed" swaps the last two dimensions in memory, "channels_last" has the third from the end
-            innermost, "reversed" the first; "sliced" leaves gaps everywhere; "expanded" has stride 0.
+            innermost, "channels_last_3d" the fourth, "reversed" the first; "sliced" leaves gaps everywhere;
+            "expanded" has stride 0.
 
     `tensor` is the tensor, `buffer` the memory around it.
     """
@@ -57,6 +60,8 @@ class Guarded:
             order[-2:] = order[:-3:-1]
         elif layout == "channels_last" and rank >= 3:
             order[-3:] = [rank - 2, rank - 1, rank - 3]
+        elif layout == "channels_last_3d" and rank >= 4:
+            order[-4:] = [rank - 3, rank - 2, rank - 1, rank - 4]
         elif layout == "reversed":
             order.reverse()
         strides, step = [0] * rank, 2 if layout == "sliced" else 1

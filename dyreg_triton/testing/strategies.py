@@ -13,7 +13,7 @@ seed and are never drawn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,12 @@ from ..validate import PROFILES, choice, dtypes_of, flag, function, is_integer, 
 from .calls import Call, Floors, TensorSpec
 from .memory import LAYOUTS
 from .regions import REGION_KINDS, REGION_OPS, RegionCase, RegionSpec
+from .relational import RELATIONAL_CONTEXTS, RELATIONAL_KERNELS, RelationalCase
 
-__all__ = ["calls", "dims", "dtypes", "layouts", "leads", "profiles", "region_calls", "regions", "size", "tensor"]
+__all__ = [
+    "calls", "dims", "dtypes", "layouts", "leads", "profiles", "region_calls", "regions", "relational_calls", "size",
+    "tensor",
+]  # fmt: skip
 
 Dim = str | int
 
@@ -59,7 +63,7 @@ def leads() -> SearchStrategy[tuple[int, ...]]:
 
 
 def layouts() -> SearchStrategy[str]:
-    """Layouts of `Guarded`: contiguous, aligned, transposed, channels_last, reversed, sliced, expanded."""
+    """Layouts of `Guarded`: contiguous, aligned, transposed, channels_last(_3d), reversed, sliced, expanded."""
     return st.sampled_from(LAYOUTS)
 
 
@@ -261,3 +265,59 @@ def region_calls(
     """
     choice("strategies.region_calls", "op", op, REGION_OPS)
     return region_cases(op, dtypes=dtypes_of("strategies.region_calls", dtypes)).map(RegionCase.call)
+
+
+@st.composite
+def relational_cases(draw: st.DrawFn, *, dtypes: Sequence[torch.dtype]) -> RelationalCase:
+    """Cases of relational self-attention: every kernel and context, channels at the edges of blocks, odd and even
+    windows, some larger than the clip, every layout, tiny features beside `eps`."""
+    small = _few()
+    kernel_size: tuple[int, int, int]
+    if small:
+        kernel_size = draw(st.sampled_from([(1, 1, 1), (1, 3, 3), (3, 3, 3), (2, 3, 3), (1, 2, 4), (3, 1, 1)]))
+        channels, sides = st.sampled_from((4, 5, 8, 16, 17)), st.sampled_from((1, 2, 3, 4))
+        clip = (draw(st.sampled_from((1, 2))), draw(sides), draw(sides))
+        queries = st.sampled_from((1, 2, 3, 8))
+    else:
+        taps = st.sampled_from((1, 2, 3, 4, 5, 7))
+        kernel_size = (draw(taps), draw(taps), draw(taps))
+        # now and then wide, and then, as with many taps, on few positions: the reference makes all windows
+        wide = draw(st.integers(0, 9)) == 9
+        channels = st.sampled_from((4, 63, 64, 65, 127, 128) if wide else (4, 5, 8, 15, 16, 17, 31, 32, 33))
+        many = wide or kernel_size[0] * kernel_size[1] * kernel_size[2] > 50
+        sides = st.sampled_from((1, 2, 3) if many else (1, 2, 3, 4, 6))
+        clip = (draw(sides), draw(sides), draw(sides))
+        queries = st.integers(1, 16)
+    dtype = draw(st.sampled_from(list(dtypes)))
+    half = dtype == torch.float16  # gradients grow by 1 / sqrt(eps), and small numbers lose their bits
+    case = RelationalCase(
+        kernel=draw(st.sampled_from(RELATIONAL_KERNELS)),
+        context=draw(st.sampled_from(RELATIONAL_CONTEXTS)),
+        kernel_size=kernel_size,
+        clip=clip,
+        batch=draw(st.sampled_from((1, 1, 2, 1, 2, 0) if small else (1, 2, 3, 1, 2, 1, 2, 0))),
+        queries=draw(queries),
+        channels=draw(channels),
+        latent=draw(channels),
+        value_channels=draw(channels),
+        mixed=draw(channels),
+        eps=draw(st.sampled_from((None, 1e-2, 1.0) if half else (None, 1e-6, 1e-2, 1.0))),
+        scale=draw(st.sampled_from((1.0, 0.1) if half else (1.0, 1e-3))),
+        zeros=draw(st.booleans()),
+        dtype=dtype,
+        grad_layout=draw(layouts()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+    plain = case.eps is None  # then the scale of q, k and v is that of the results, to the fourth power
+    drawn = {name: draw(layouts()) for name in case.shapes()}
+    return replace(case, layouts=drawn, scale=1.0 if plain else case.scale)
+
+
+def relational_calls(
+    *, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
+) -> SearchStrategy[Call]:
+    """Calls of `relational_attention` as this library is tested with; for your variant.
+
+    Tensors by the op's names, those that a kernel or context lacks left out (k is then the option None), and `eps`.
+    """
+    return relational_cases(dtypes=dtypes_of("strategies.relational_calls", dtypes)).map(RelationalCase.call)

@@ -3,6 +3,6 @@
 So far there is one source, the documented heuristic of each op.
 """
 
-from .heuristics import Config, region
+from .heuristics import RELATIONAL_LIMIT, Config, RelationalConfig, region, relational
 
-__all__ = ["Config", "region"]
+__all__ = ["RELATIONAL_LIMIT", "Config", "RelationalConfig", "region", "relational"]

@@ -28,6 +28,24 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@dataclass(frozen=True)
+class RelationalConfig:
+    """Block sizes of one launch of relational self-attention: positions, taps of the window, channels.
+
+    `order` of evaluation: "first" by matrices per position, "second" by kernels and correlations per neighbour.
+    `splits`: how many programs share the sum of a weight's gradient.
+    """
+
+    block_p: int
+    block_m: int = 16
+    block_c: int = 16
+    block_d: int = 32
+    order: str = "first"
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+
 # (channels, cells) per program: the largest tiles that stay below about 128 registers a thread on sm_90 (read from the
 # machine code), so that two or more programs share a multiprocessor and hide each other's latency.
 _REGION = {
@@ -71,3 +89,29 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
     )
     num_warps = 4 if small or kind.startswith("dense") else 8
     return Config(block_n, block_c, block_p, num_warps, 255 if unlimited else None)
+
+
+RELATIONAL_LIMIT = {"L": 16, "C": 128, "D": 128, "E": 128, "F": 128}
+
+
+@lru_cache(maxsize=4096)
+def relational(
+    kind: str, clips: int, positions: int, queries: int, sizes: tuple[int, int, int, int], taps: int, itemsize: int
+) -> RelationalConfig:
+    """Blocks for a kernel of relational self-attention; `sizes` are C, D, E, F.
+
+    The order of evaluation is the first where E <= 2 L: M E (D + F) multiplications per position against
+    L M (D + 2 E + F).
+    """
+    channels, latent, values, features = sizes
+    order = "first" if values <= 2 * queries else "second"
+    widest = max(_power_of_two(max(latent, values, features)), 16)
+    if kind in ("forward", "backward"):
+        return RelationalConfig(16, order=order, num_warps=8 if widest >= 64 else 4)
+    if kind in ("fold_keys", "fold_values"):
+        return RelationalConfig(32, order=order, num_warps=8 if widest >= 64 else 4)
+    if kind == "by_h1":
+        return RelationalConfig(16, order=order, splits=8, num_warps=8 if widest >= 64 else 4)
+    if kind == "by_h2":
+        return RelationalConfig(16, order=order, splits=32, num_warps=8 if widest >= 64 else 4)
+    return RelationalConfig(32, 64, order=order)

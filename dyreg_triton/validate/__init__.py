@@ -110,6 +110,19 @@ def pair(op: str, name: str, value: object, call: Mapping[str, object] | None = 
     )
 
 
+def triple(op: str, name: str, value: object) -> tuple[int, int, int]:
+    """`value` as three positive integers (time, rows, columns); one integer stands for all three."""
+    sides = (value,) * 3 if is_integer(value) else value
+    if isinstance(sides, (tuple, list, torch.Size)) and len(sides) == 3 and all(map(is_integer, sides)):
+        times, rows, columns = (int(side) for side in cast(tuple[int, int, int], sides))
+        if min(times, rows, columns) > 0 and times * rows * columns < _CELLS:
+            return times, rows, columns
+    raise ValueError(
+        f"{op}: {name} is {what(value)}; accepted are three positive integers (time, rows, columns), or one for all, "
+        "of a product below 2**40"
+    )
+
+
 def positive_number(op: str, name: str, value: Any, call: Mapping[str, object] | None = None) -> Any:
     """`value` as a finite number > 0."""
     error: type[Exception] = TypeError
