@@ -26,7 +26,7 @@ from .common import dot
 
 
 @triton.jit
-def cells_at(n, SIZE, STRIDES, FORM: tl.constexpr):
+def cells_at(n, SIZE: tl.constexpr, STRIDES, FORM: tl.constexpr):
     """Offsets of positions n within a clip of SIZE = (T, H, W)."""
     FLAT: tl.constexpr = FORM[0]
     ALIGN: tl.constexpr = FORM[1]
@@ -45,7 +45,7 @@ def cells_at(n, SIZE, STRIDES, FORM: tl.constexpr):
 
 
 @triton.jit
-def clip_at(x, clip, n, c, query, SIZE, STRIDES, FORM: tl.constexpr):
+def clip_at(x, clip, n, c, query, SIZE: tl.constexpr, STRIDES, FORM: tl.constexpr):
     """Pointers (positions, channels, queries) into a clip."""
     ALIGN: tl.constexpr = FORM[1]
     CHANNELS_LAST: tl.constexpr = FORM[2]
@@ -58,7 +58,7 @@ def clip_at(x, clip, n, c, query, SIZE, STRIDES, FORM: tl.constexpr):
 
 
 @triton.jit
-def load_clip(x, clip, n, c, query, SIZE, STRIDES, FORM: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
+def load_clip(x, clip, n, c, query, SIZE: tl.constexpr, STRIDES, FORM: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
     """x (positions, channels, queries), 0 beyond them and outside the clip."""
     there = ((n >= 0) & (n < SIZE[0] * SIZE[1] * SIZE[2]))[:, None, None]
     there = there & (c < C)[None, :, None] & (query < L)[None, None, :]
@@ -66,14 +66,14 @@ def load_clip(x, clip, n, c, query, SIZE, STRIDES, FORM: tl.constexpr, C: tl.con
 
 
 @triton.jit
-def rows_at(clip, n, c, query, SIZE, C: tl.constexpr, L: tl.constexpr):
+def rows_at(clip, n, c, query, SIZE: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
     """Offsets (positions, channels, queries) into rows (B, T*H*W, L, C), the form of what the kernels keep."""
     cells = clip.to(tl.int64) * (SIZE[0] * SIZE[1] * SIZE[2]) + n
     return (cells * (L * C))[:, None, None] + (query * C)[None, None, :] + c[None, :, None]
 
 
 @triton.jit
-def load_rows(x, clip, n, c, query, SIZE, C: tl.constexpr, L: tl.constexpr):
+def load_rows(x, clip, n, c, query, SIZE: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
     """x (positions, channels, queries) of rows, 0 beyond them and outside the clip."""
     there = ((n >= 0) & (n < SIZE[0] * SIZE[1] * SIZE[2]))[:, None, None]
     there = there & (c < C)[None, :, None] & (query < L)[None, None, :]
@@ -81,14 +81,14 @@ def load_rows(x, clip, n, c, query, SIZE, C: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def store_rows(x, tile, clip, n, c, query, SIZE, C: tl.constexpr, L: tl.constexpr):
+def store_rows(x, tile, clip, n, c, query, SIZE: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
     """The reverse of `load_rows`."""
     there = (n < SIZE[0] * SIZE[1] * SIZE[2])[:, None, None] & (c < C)[None, :, None] & (query < L)[None, None, :]
     tl.store(x + rows_at(clip, n, c, query, SIZE, C, L), tile.to(x.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def window(x, clip, n, m, c, SIZE, WINDOW: tl.constexpr, C_PAD: tl.constexpr):
+def window(x, clip, n, m, c, SIZE: tl.constexpr, WINDOW: tl.constexpr, C_PAD: tl.constexpr):
     """Channels c of the neighbours m of positions n, (positions, taps, channels), 0 outside the clip.
 
     x is packed: (B, T*H*W, C_PAD).
@@ -112,7 +112,7 @@ def taps(weights, m, d, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def pack_clip(x, packed, clip, n, eps, SIZE, STRIDES, FORM: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
+def pack_clip(x, packed, clip, n, eps, SIZE: tl.constexpr, STRIDES, FORM: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
               NORMED: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """x, normalised over its channels, as (B, T*H*W, C_PAD)."""
     c = tl.arange(0, C_PAD)
@@ -136,7 +136,7 @@ def pack_matrix(x, packed, i, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C_PAD: 
 @triton.jit
 def relational_pack(
     k, v, h1, p1, h2, g, identity, kn, vn, h1_packed, p1_packed, h2_packed, g_packed, identity_packed, eps, clips,
-    SIZE, K_STRIDES, V_STRIDES, H1_STRIDES, P1_STRIDES, H2_STRIDES, G_STRIDES, I_STRIDES,
+    SIZE: tl.constexpr, K_STRIDES, V_STRIDES, H1_STRIDES, P1_STRIDES, H2_STRIDES, G_STRIDES, I_STRIDES,
     K_FORM: tl.constexpr, V_FORM: tl.constexpr,
     M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
     C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
@@ -177,7 +177,7 @@ def relational_pack(
 
 
 @triton.jit
-def keys_by_h1(kn, h1, p1, clip, n, c, SIZE, WINDOW: tl.constexpr, HAS_H1: tl.constexpr, HAS_P1: tl.constexpr,
+def keys_by_h1(kn, h1, p1, clip, n, c, SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_H1: tl.constexpr, HAS_P1: tl.constexpr,
                M_PAD: tl.constexpr, C_PAD: tl.constexpr, D_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A1 = P1 + K*H1 for channels c: (BLOCK_C, BLOCK_P, D_PAD)."""
@@ -195,7 +195,7 @@ def keys_by_h1(kn, h1, p1, clip, n, c, SIZE, WINDOW: tl.constexpr, HAS_H1: tl.co
 
 
 @triton.jit
-def collect(u, weights, vn, clip, n, SIZE, WINDOW: tl.constexpr, M_PAD: tl.constexpr, E_PAD: tl.constexpr,
+def collect(u, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr, M_PAD: tl.constexpr, E_PAD: tl.constexpr,
             U_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
             ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Values under the kernels u W^T: sum_m (u . W_m) V[n + m], (BLOCK_P, E_PAD, BLOCK_L); u (BLOCK_P, U_PAD, BLOCK_L)."""
@@ -214,7 +214,7 @@ def collect(u, weights, vn, clip, n, SIZE, WINDOW: tl.constexpr, M_PAD: tl.const
 
 
 @triton.jit
-def correlate(z, weights, vn, clip, n, SIZE, WINDOW: tl.constexpr, M_PAD: tl.constexpr, E_PAD: tl.constexpr,
+def correlate(z, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr, M_PAD: tl.constexpr, E_PAD: tl.constexpr,
               U_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
               ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Correlations with the values, projected: sum_m (z . V[n + m]) W_m, (BLOCK_P, U_PAD, BLOCK_L)."""
@@ -247,7 +247,7 @@ def mixed(z, identity, BACK: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.conste
 
 
 @triton.jit
-def values_by(h2, g, identity, vn, clip, n, e, SIZE, WINDOW: tl.constexpr, HAS_G: tl.constexpr,
+def values_by(h2, g, identity, vn, clip, n, e, SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_G: tl.constexpr,
               HAS_IDENTITY: tl.constexpr, M_PAD: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr,
               F_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
               ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -273,7 +273,7 @@ def values_by(h2, g, identity, vn, clip, n, e, SIZE, WINDOW: tl.constexpr, HAS_G
 @triton.jit
 def relational_forward(
     q, kn, vn, h1, p1, h2, g, identity, a_rows, z_rows, y, eps,
-    SIZE, Q_STRIDES, Y_STRIDES, Q_FORM: tl.constexpr, Y_FORM: tl.constexpr, WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, Q_STRIDES, Y_STRIDES, Q_FORM: tl.constexpr, Y_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
     C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
     HAS_H1: tl.constexpr, HAS_P1: tl.constexpr, HAS_G: tl.constexpr, HAS_IDENTITY: tl.constexpr,
@@ -348,7 +348,7 @@ def relational_forward(
 @triton.jit
 def relational_backward(
     dy, q, a_rows, kn, vn, h1, p1, h2, g, identity, dz_rows, da_rows, scales, dq, eps,
-    SIZE, DY_STRIDES, Q_STRIDES, DQ_STRIDES, DY_FORM: tl.constexpr, Q_FORM: tl.constexpr, DQ_FORM: tl.constexpr,
+    SIZE: tl.constexpr, DY_STRIDES, Q_STRIDES, DQ_STRIDES, DY_FORM: tl.constexpr, Q_FORM: tl.constexpr, DQ_FORM: tl.constexpr,
     WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
     C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,

@@ -24,7 +24,7 @@ from .relational import clip_at, load_clip, load_rows, window
 
 
 @triton.jit
-def diagonals(u, p, row, SIZE, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+def diagonals(u, p, row, SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
               TAPS: tl.constexpr):  # fmt: skip
     """sum_tap u[c, p - m, tap] (BLOCK_C, BLOCK_S) over the taps of the window's row, where p - m is in the clip.
 
@@ -43,7 +43,7 @@ def diagonals(u, p, row, SIZE, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, BLOC
 
 
 @triton.jit
-def neighbours(p, row, SIZE, WINDOW: tl.constexpr):
+def neighbours(p, row, SIZE: tl.constexpr, WINDOW: tl.constexpr):
     """The positions that the row's taps reach positions p from, in order."""
     dt = row // WINDOW[1] - WINDOW[0] // 2
     dh = row % WINDOW[1] - WINDOW[1] // 2
@@ -60,7 +60,7 @@ def outer(x, y, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexp
 @triton.jit
 def relational_fold_keys(
     q, da_rows, scales, h1, dk_rows,
-    SIZE, Q_STRIDES, Q_FORM: tl.constexpr, WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, Q_STRIDES, Q_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, C_PAD: tl.constexpr, D_PAD: tl.constexpr, M_PAD: tl.constexpr,
     NORMED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, TAPS: tl.constexpr,
@@ -98,7 +98,7 @@ def relational_fold_keys(
 @triton.jit
 def relational_fold_values(
     a_rows, dz_rows, z_rows, dy, h2, g, dv_rows,
-    SIZE, DY_STRIDES, DY_FORM: tl.constexpr, WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, DY_STRIDES, DY_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
     D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
     HAS_G: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -143,7 +143,7 @@ def relational_fold_values(
 @triton.jit
 def relational_by_h1(
     q, da_rows, scales, kn, by_h1, by_p1, clips,
-    SIZE, Q_STRIDES, Q_FORM: tl.constexpr, WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, Q_STRIDES, Q_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, C_PAD: tl.constexpr, D_PAD: tl.constexpr, M_PAD: tl.constexpr,
     HAS_H1: tl.constexpr, HAS_P1: tl.constexpr, NORMED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr,
@@ -195,7 +195,7 @@ def by_tap(values, x, y, columns, ACC: tl.constexpr, OPERAND: tl.constexpr, PREC
 @triton.jit
 def relational_by_h2(
     a_rows, dz_rows, z_rows, dy, vn, by_h2, by_g, by_identity, clips,
-    SIZE, DY_STRIDES, DY_FORM: tl.constexpr, WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, DY_STRIDES, DY_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
     D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
     HAS_G: tl.constexpr, HAS_IDENTITY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -245,7 +245,7 @@ def relational_by_h2(
 
 
 @triton.jit
-def unpack_clip(x, rows, by_x, clip, n, eps, SIZE, STRIDES, BY_STRIDES, FORM: tl.constexpr, BY_FORM: tl.constexpr,
+def unpack_clip(x, rows, by_x, clip, n, eps, SIZE: tl.constexpr, STRIDES, BY_STRIDES, FORM: tl.constexpr, BY_FORM: tl.constexpr,
                 C: tl.constexpr, C_PAD: tl.constexpr, NORMED: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """From the gradient of the normalised x (rows) that of x: (g - x^ (x^ . g)) / sqrt(sum x^2 + eps)."""
     c = tl.arange(0, C_PAD)
@@ -263,7 +263,7 @@ def unpack_clip(x, rows, by_x, clip, n, eps, SIZE, STRIDES, BY_STRIDES, FORM: tl
 @triton.jit
 def relational_unpack(
     k, v, dk_rows, dv_rows, dk, dv, eps,
-    SIZE, K_STRIDES, V_STRIDES, DK_STRIDES, DV_STRIDES,
+    SIZE: tl.constexpr, K_STRIDES, V_STRIDES, DK_STRIDES, DV_STRIDES,
     K_FORM: tl.constexpr, V_FORM: tl.constexpr, DK_FORM: tl.constexpr, DV_FORM: tl.constexpr,
     C: tl.constexpr, E: tl.constexpr, C_PAD: tl.constexpr, E_PAD: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, NORMED: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr,

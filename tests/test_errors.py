@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import types
 import warnings
@@ -220,6 +221,287 @@ def test_unknown_backend(name: object) -> None:
         dt.backend(name)  # type: ignore[arg-type]
     with refused(ValueError, "can_run", repr(name), "'triton'", "'eager'", "'reference'"):
         can_run(name, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
+
+
+# --- relational self-attention --------------------------------------------------------------------------------------
+
+# B 2, L 3, C 4, D 7, E 5, F 6
+RELATIONAL: dict[str, tuple[int, ...]] = {
+    "q": (2, 3, 4, 2, 5, 6), "k": (2, 4, 2, 5, 6), "v": (2, 5, 2, 5, 6), "h1": (4, 7, 1, 3, 3), "p1": (4, 7),
+    "h2": (7, 1, 3, 3), "g": (6, 1, 3, 3), "identity": (5, 6),
+}  # fmt: skip
+OPTIONAL = ("k", "h1", "p1", "g", "identity")
+on_modules = pytest.mark.parametrize("module", [dt.ops, dt.reference], ids=["ops", "reference"])
+on_tensors = pytest.mark.parametrize("name", RELATIONAL)
+
+
+def relational(module: Any = dt.ops, **changed: Any) -> Any:
+    """A good call of relational_attention with some arguments replaced, in which nothing may run."""
+    given = {name: ones(*shape) for name, shape in RELATIONAL.items()} | changed
+    with NothingRuns():
+        return module.relational_attention(**given)
+
+
+def shapes_of_call(*changed: str) -> list[str]:
+    """How a message ends: the call, with the shapes of all tensors but those that were changed."""
+    return [
+        "relational_attention",
+        "accepted",
+        "call: q (",
+        *(f"{n} {RELATIONAL[n]}" for n in RELATIONAL if n not in changed),
+    ]
+
+
+def with_size(name: str, axis: int, size: int) -> tuple[int, ...]:
+    shape = list(RELATIONAL[name])
+    shape[axis] = size
+    return tuple(shape)
+
+
+@on_modules
+def test_nothing_runs_notices_in_relational(module: Any) -> None:
+    with pytest.raises(AssertionError, match="before the arguments were refused"):
+        relational(module)
+
+
+@on_modules
+@pytest.mark.parametrize("value", [None, [[1.0]], 3.0, "map", torch.float32])
+@on_tensors
+def test_no_tensor_in_relational(name: str, value: object, module: Any) -> None:
+    if value is None and name in OPTIONAL:
+        return  # left out: below
+    with refused(
+        TypeError, f"{name} is", repr(value), type(value).__name__, "Tensor", *shapes_of_call(*RELATIONAL)[:2]
+    ):
+        relational(module, **{name: value})
+
+
+@on_tensors
+@pytest.mark.parametrize("kind", ["sparse", "nested"])
+def test_no_dense_tensor_in_relational(name: str, kind: str) -> None:
+    value = ones(*RELATIONAL[name])
+    value = value.to_sparse() if kind == "sparse" else torch.nested.nested_tensor([value[0]])
+    with refused(TypeError, f"{name} is", kind, "dense", "Tensor", "relational_attention"):
+        relational(**{name: value})
+
+
+FORMS = {
+    "q": "(B, L, C, T, H, W)", "k": "(B, C, T, H, W)", "v": "(B, E, T, H, W)", "h1": "(C, D, kt, kh, kw)",
+    "p1": "(C, D)", "h2": "(D, kt, kh, kw)", "g": "(F, kt, kh, kw)", "identity": "(E, F)",
+}  # fmt: skip
+
+
+@on_modules
+@pytest.mark.parametrize("change", [-1, 1])
+@on_tensors
+def test_rank_in_relational(name: str, change: int, module: Any) -> None:
+    shape = (1, *RELATIONAL[name]) if change > 0 else RELATIONAL[name][1:]
+    said = (f"{name} has {len(shape)} dimensions", FORMS[name], f"{name} {shape}")
+    with refused(ValueError, *said, *shapes_of_call(name)[: 3 if name != "q" else 2]):
+        relational(module, **{name: ones(*shape)})
+
+
+@pytest.mark.parametrize("name", [*RELATIONAL])
+def test_scalar_in_relational(name: str) -> None:
+    with refused(ValueError, f"{name} has 0 dimensions", FORMS[name]):
+        relational(**{name: ones()})
+
+
+# who disagrees, along which axis, with whom, about what, and what would be right
+DISAGREE = [
+    ("k", 0, "q", "B", 2), ("k", 1, "q", "C", 4), ("k", 2, "q", "T", 2), ("k", 3, "q", "H", 5), ("k", 4, "q", "W", 6),
+    ("v", 0, "q", "B", 2), ("v", 2, "q", "T", 2), ("v", 3, "q", "H", 5), ("v", 4, "q", "W", 6),
+    ("h1", 0, "q", "C", 4), ("p1", 0, "q", "C", 4), ("h1", 1, "h2", "D", 7), ("p1", 1, "h2", "D", 7),
+    ("identity", 0, "v", "E", 5), ("identity", 1, "g", "F", 6),
+]  # fmt: skip
+
+
+@on_modules
+@pytest.mark.parametrize(("name", "axis", "other", "letter", "wanted"), DISAGREE)
+@pytest.mark.parametrize("size", [1, 9])
+def test_shapes_that_disagree_in_relational(
+    name: str, axis: int, other: str, letter: str, wanted: int, size: int, module: Any
+) -> None:
+    """Both arguments are named, and both sizes; a size of 1 does not broadcast."""
+    shape = with_size(name, axis, size)
+    said = (f"{name} has {letter} = {size}", shape, f"{other}'s {letter}, {wanted}", f"{name} {shape}")
+    with refused(ValueError, *said, *shapes_of_call(name)):
+        relational(module, **{name: ones(*shape)})
+
+
+@pytest.mark.parametrize(("name", "axis", "size"), [("q", 0, 3), ("q", 2, 5), ("q", 3, 3), ("q", 5, 7), ("v", 1, 6)])
+def test_features_that_fit_nothing_in_relational(name: str, axis: int, size: int) -> None:
+    """Where it is this one that is wrong, the message still gives both sizes."""
+    shape = with_size(name, axis, size)
+    with refused(ValueError, size, RELATIONAL[name][axis], f"{name} {shape}", *shapes_of_call(name)):
+        relational(**{name: ones(*shape)})
+
+
+@on_modules
+@pytest.mark.parametrize("kernel_size", [(3, 3, 1), (1, 3, 2), (2, 3, 3), (1, 1, 1), (9, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", ["h1", "g", "h2"])
+def test_kernel_sizes_that_disagree(name: str, kernel_size: tuple[int, int, int], module: Any) -> None:
+    shape = (*RELATIONAL[name][:-3], *kernel_size)
+    with refused(ValueError, "kernel_size", kernel_size, (1, 3, 3), "h2", f"{name} {shape}", *shapes_of_call(name)):
+        relational(module, **{name: ones(*shape)})
+
+
+@pytest.mark.parametrize("name", ["h1", "g", "h2"])
+@pytest.mark.parametrize("axes", [(3, 3), (1, 1, 3, 3)], ids=str)
+def test_kernel_size_of_the_wrong_length(name: str, axes: tuple[int, ...]) -> None:
+    shape = (*RELATIONAL[name][:-3], *axes)
+    with refused(ValueError, name, FORMS[name], shape, "relational_attention"):
+        relational(**{name: ones(*shape)})
+
+
+def given_without(*absent: str) -> dict[str, Any]:
+    return dict.fromkeys(absent)
+
+
+IMPOSSIBLE = {
+    "h1 without k": (("k",), ("k", "None", "h1")),
+    "k without h1": (("h1",), ("h1", "None", "k")),
+    "k alone": (("h1", "p1"), ("h1", "None", "k")),
+    "h1 alone": (("k", "p1"), ("k", "None", "h1")),
+    "identity without g": (("g",), ("g", "None", "identity")),
+    "no p1 where C is not D": (("k", "h1", "p1"), ("p1", "None", "C = 4", "D = 7")),
+}
+
+
+@on_modules
+@pytest.mark.parametrize("combination", IMPOSSIBLE)
+def test_impossible_combinations(combination: str, module: Any) -> None:
+    absent, parts = IMPOSSIBLE[combination]
+    with refused(ValueError, *parts, *shapes_of_call(*absent)):
+        relational(module, **given_without(*absent))
+
+
+POSSIBLE = [
+    *itertools.product([(), ("p1",), ("k", "h1")], [(), ("identity",), ("g", "identity")]),
+    *(((("k", "h1", "p1"), context)) for context in [(), ("identity",), ("g", "identity")]),
+]
+
+
+def test_every_combination_is_possible_or_refused() -> None:
+    """Of the 32 choices of what is given, these run; the others say why not."""
+    possible = {frozenset((*kernel, *context)) for kernel, context in POSSIBLE}
+    for number in range(len(OPTIONAL) + 1):
+        for absent in itertools.combinations(OPTIONAL, number):
+            given = {name: ones(*shape) for name, shape in RELATIONAL.items()} | given_without(*absent)
+            if set(absent) >= {"k", "h1", "p1"}:
+                given["h2"] = ones(4, 1, 3, 3)  # C == D
+            if frozenset(absent) in possible:
+                y = dt.ops.relational_attention(**given)
+                assert y.shape == (2, 3, 5 if "g" in absent else 6, 2, 5, 6)
+            else:
+                with refused(ValueError, "relational_attention", "None", "accepted", "call: q (2, 3, 4, 2, 5, 6)"):
+                    dt.ops.relational_attention(**given)
+
+
+@on_modules
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str)
+@on_tensors
+def test_dtype_in_relational(name: str, dtype: torch.dtype, module: Any) -> None:
+    """Alone, and where all have it."""
+    kind = str(dtype)[6:]
+    with refused(TypeError, name, kind, f"{name} {RELATIONAL[name]} {kind}", *shapes_of_call(name)):
+        relational(module, **{name: ones(*RELATIONAL[name], dtype=dtype)})
+    given = {n: ones(*shape, dtype=dtype) for n, shape in RELATIONAL.items()}
+    with refused(TypeError, kind, "float16, bfloat16, float32 or float64", *shapes_of_call()):
+        relational(module, **given)
+
+
+@on_modules
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=lambda dtype: str(dtype)[6:])
+@on_tensors
+def test_mixed_dtypes_in_relational(name: str, dtype: torch.dtype, module: Any) -> None:
+    kind = str(dtype)[6:]
+    with refused(TypeError, kind, "q's dtype", "float32", f"{name} {RELATIONAL[name]} {kind}", *shapes_of_call(name)):
+        relational(module, **{name: ones(*RELATIONAL[name], dtype=dtype)})
+
+
+@on_modules
+@on_tensors
+def test_mixed_devices_in_relational(name: str, module: Any) -> None:
+    with refused(ValueError, "meta", "q's device", str(DEVICE), f"{name} {RELATIONAL[name]}", *shapes_of_call(name)):
+        relational(module, **{name: ones(*RELATIONAL[name], device="meta")})
+
+
+SIZED = [(letter, name, axis) for name in RELATIONAL for axis, letter in enumerate(FORMS[name].strip("()").split(", "))]
+
+
+@on_modules
+@pytest.mark.parametrize("letter", sorted({letter for letter, *_ in SIZED} - {"B"}))
+def test_empty_sizes_in_relational(letter: str, module: Any) -> None:
+    """Only the batch may be empty."""
+    shapes = {name: list(shape) for name, shape in RELATIONAL.items()}
+    for own, name, axis in SIZED:
+        if own == letter:
+            shapes[name][axis] = 0
+    given = {name: ones(*shape) for name, shape in shapes.items()}
+    with refused(ValueError, "relational_attention", f"{letter} = 0", "only the batch may be empty", "call: q ("):
+        relational(module, **given)
+
+
+@on_modules
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-6, -1, float("nan"), float("inf"), float("-inf"), 1e-50, 10**400])
+def test_eps_out_of_range(eps: float, module: Any) -> None:
+    with refused(ValueError, "eps is", repr(eps), "> 0", "eps " + repr(eps)[:90], *shapes_of_call()):
+        relational(module, eps=eps)
+
+
+@on_modules
+@pytest.mark.parametrize("eps", ["1e-6", True, False, [1e-6], 1j, torch.tensor(1e-6), np.float32(1e-6)], ids=repr)
+def test_eps_of_another_type(eps: object, module: Any) -> None:
+    with refused(TypeError, "eps is", "> 0", *shapes_of_call()):
+        relational(module, eps=eps)
+
+
+@on_modules
+def test_keywords_of_relational(module: Any) -> None:
+    with refused(TypeError, "relational_attention", "h2"):
+        module.relational_attention(ones(2, 3, 4, 2, 5, 6), None, ones(2, 5, 2, 5, 6))
+    with refused(TypeError, "relational_attention", "h3"):
+        relational(module, h3=ones(2))
+
+
+def test_no_kernel_of_relational_runs_on_meta_tensors() -> None:
+    given = {name: ones(*shape, device="meta") for name, shape in RELATIONAL.items()}
+    said = ("relational_attention", "'triton' cannot run here", "meta", "TRITON_INTERPRET=1", "q (2, 3, 4, 2, 5, 6)")
+    with dt.backend("triton"), refused(RuntimeError, *said):
+        relational(**given)
+
+
+@pytest.mark.parametrize(
+    "dtype", [d for d in (torch.float32, torch.float64) if not can_run("triton", device=DEVICE, dtype=d)], ids=str
+)
+def test_backend_of_relational_that_cannot_run(dtype: torch.dtype) -> None:
+    given = {name: ones(*shape, dtype=dtype) for name, shape in RELATIONAL.items()}
+    with dt.backend("triton"), refused(RuntimeError, "relational_attention", "'triton' cannot run here"):
+        relational(**given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "parts"),
+    [
+        ({"scale": 0}, ValueError, ("scale", "0", "number > 0")),
+        ({"scale": "1"}, TypeError, ("scale", "'1'", "number > 0")),
+        ({"zeros": 1}, ValueError, ("zeros", "1", "False", "True", "(*, C, T, H, W)")),
+        ({"zeros": True, "shape": (2, 3)}, ValueError, ("zeros", "True", "(2, 3)", "(*, C, T, H, W)")),
+        ({"layout": "rows"}, ValueError, ("layout", "'rows'", "'channels_last_3d'")),
+    ],
+    ids=str,
+)
+def test_relational_spec(arguments: dict, error: type[Exception], parts: tuple[object, ...]) -> None:
+    with refused(error, *parts), NothingRuns():
+        testing.RelationalSpec(**({"shape": (1, 4, 1, 2, 3)} | arguments))
+
+
+def test_dtypes_of_relational_calls() -> None:
+    with refused(TypeError, "relational_calls", "dtypes", "3", "dtype"):
+        strategies.relational_calls(dtypes=3)
+    with refused(ValueError, "relational_calls", "dtypes", "()", "dtype"):
+        strategies.relational_calls(dtypes=())
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

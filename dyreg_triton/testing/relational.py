@@ -152,6 +152,7 @@ class RelationalCase:
         wide = {name: t.detach().double() for name, t in inputs.items()}
         norms = {name: (wide[name].square().sum(-4, keepdim=True) + self.eps).sqrt() for name in "qkv" if name in wide}
         units = {name: (wide[name] / norm).requires_grad_() for name, norm in norms.items()}
-        y = reference.relational_attention(**{"k": None, **wide, **units})
+        arguments: dict[str, Any] = {"k": None, **wide, **units}
+        y = reference.relational_attention(**arguments)
         grads = torch.autograd.grad(y, list(units.values()), grad_output.double())
         return {f"grad_{name}": (grad / norms[name]).norm().item() for name, grad in zip(units, grads, strict=True)}
