@@ -102,7 +102,10 @@ def window(x, clip, n, m, c, SIZE: tl.constexpr, WINDOW: tl.constexpr, C_PAD: tl
     there = (t >= 0) & (t < SIZE[0]) & (h >= 0) & (h < SIZE[1]) & (w >= 0) & (w < SIZE[2])
     there = there & (m < WINDOW[0] * WINDOW[1] * WINDOW[2])[None, :]  # a weight of 0 would not stop a NaN
     cells = clip.to(tl.int64) * (SIZE[0] * SIZE[1] * SIZE[2]) + ((t * SIZE[1] + h) * SIZE[2] + w)
-    return tl.load(x + (cells * C_PAD)[:, :, None] + c[None, None, :], mask=there[:, :, None], other=0.0)
+    there = there[:, :, None]
+    if c.shape[0] > C_PAD:  # eight channels, where a product takes sixteen
+        there = there & (c < C_PAD)[None, None, :]
+    return tl.load(x + (cells * C_PAD)[:, :, None] + c[None, None, :], mask=there, other=0.0)
 
 
 @triton.jit
@@ -159,10 +162,10 @@ def relational_pack(
             if HAS_G:
                 pack_matrix(g, g_packed, first + rows, M, F, F_PAD, G_STRIDES)
         if HAS_P1:
-            for first in range(0, C_PAD, 16):
+            for first in range(0, tl.maximum(C_PAD, 16), 16):
                 pack_matrix(p1, p1_packed, first + tl.arange(0, 16), C, D, D_PAD, P1_STRIDES)
         if HAS_IDENTITY:
-            for first in range(0, E_PAD, 16):
+            for first in range(0, tl.maximum(E_PAD, 16), 16):
                 pack_matrix(identity, identity_packed, first + tl.arange(0, 16), E, F, F_PAD, I_STRIDES)
     elif HAS_H1:
         c = weights - 1
@@ -195,14 +198,27 @@ def keys_by_h1(kn, h1, p1, clip, n, c, SIZE: tl.constexpr, WINDOW: tl.constexpr,
 
 
 @triton.jit
+def contract(x, y, total, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """total + x y for x (positions, i, j) and y (positions, j, queries)."""
+    x = x.to(OPERAND)
+    y = y.to(OPERAND)
+    J: tl.constexpr = x.shape[2]
+    if J < 16:  # a product takes sixteen: zeros between
+        x = tl.reshape(tl.join(x, tl.zeros_like(x)), (x.shape[0], x.shape[1], 2 * J))
+        y = tl.permute(tl.join(y, tl.zeros_like(y)), (0, 1, 3, 2))
+        y = tl.reshape(y, (y.shape[0], 2 * J, y.shape[3]))
+    return dot(x, y, total, OPERAND, PRECISION)
+
+
+@triton.jit
 def collect(u, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr, M_PAD: tl.constexpr, E_PAD: tl.constexpr,
-            U_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+            E_WIDE: tl.constexpr, U_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
             ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Values under the kernels u W^T: sum_m (u . W_m) V[n + m], (BLOCK_P, E_PAD, BLOCK_L); u (BLOCK_P, U_PAD, BLOCK_L)."""
+    """Values under the kernels u W^T: sum_m (u . W_m) V[n + m], (BLOCK_P, E_WIDE, BLOCK_L); u (BLOCK_P, U_PAD, BLOCK_L)."""
     OPERAND: tl.constexpr = vn.dtype.element_ty
-    e = tl.arange(0, E_PAD)
+    e = tl.arange(0, E_WIDE)
     columns = tl.reshape(tl.permute(u.to(OPERAND), (1, 0, 2)), (U_PAD, BLOCK_P * BLOCK_L))
-    z = tl.zeros((BLOCK_P, E_PAD, BLOCK_L), ACC)
+    z = tl.zeros((BLOCK_P, E_WIDE, BLOCK_L), ACC)
     for first in range(0, M_PAD, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         kernels = dot(taps(weights, m, tl.arange(0, U_PAD), U_PAD), columns,
@@ -215,11 +231,11 @@ def collect(u, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr, M
 
 @triton.jit
 def correlate(z, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr, M_PAD: tl.constexpr, E_PAD: tl.constexpr,
-              U_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+              E_WIDE: tl.constexpr, U_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
               ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Correlations with the values, projected: sum_m (z . V[n + m]) W_m, (BLOCK_P, U_PAD, BLOCK_L)."""
     OPERAND: tl.constexpr = vn.dtype.element_ty
-    e = tl.arange(0, E_PAD)
+    e = tl.arange(0, E_WIDE)
     z = z.to(OPERAND)
     y = tl.zeros((U_PAD, BLOCK_P * BLOCK_L), ACC)
     for first in range(0, M_PAD, BLOCK_M):
@@ -232,13 +248,13 @@ def correlate(z, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr,
 
 
 @triton.jit
-def mixed(z, identity, BACK: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
+def mixed(z, identity, BACK: tl.constexpr, E_WIDE: tl.constexpr, F_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
           BLOCK_L: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """z I (or I^T z with BACK) for z (BLOCK_P, ., BLOCK_L)."""
     OPERAND: tl.constexpr = identity.dtype.element_ty
-    FROM: tl.constexpr = F_PAD if BACK else E_PAD
-    TO: tl.constexpr = E_PAD if BACK else F_PAD
-    matrix = taps(identity, tl.arange(0, E_PAD), tl.arange(0, F_PAD), F_PAD)
+    FROM: tl.constexpr = F_PAD if BACK else E_WIDE
+    TO: tl.constexpr = E_WIDE if BACK else F_PAD
+    matrix = taps(identity, tl.arange(0, E_WIDE), tl.arange(0, F_PAD), F_PAD)
     if not BACK:
         matrix = tl.trans(matrix)
     columns = tl.reshape(tl.permute(z.to(OPERAND), (1, 0, 2)), (FROM, BLOCK_P * BLOCK_L))
@@ -275,10 +291,10 @@ def relational_forward(
     q, kn, vn, h1, p1, h2, g, identity, a_rows, z_rows, y, eps,
     SIZE: tl.constexpr, Q_STRIDES, Y_STRIDES, Q_FORM: tl.constexpr, Y_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
-    C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
+    C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, E_WIDE: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
     HAS_H1: tl.constexpr, HAS_P1: tl.constexpr, HAS_G: tl.constexpr, HAS_IDENTITY: tl.constexpr,
     NORMED: tl.constexpr, SAVE: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """y, and with SAVE the rows of a, and of z where it is not y."""
     OPERAND: tl.constexpr = q.dtype.element_ty
@@ -299,7 +315,7 @@ def relational_forward(
             part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L)
             if NORMED:
                 squares += tl.sum(part.to(ACC) * part.to(ACC), 1)
-            a = dot(tl.permute(a1.to(OPERAND), (1, 2, 0)), part, a, OPERAND, PRECISION)
+            a = contract(tl.permute(a1.to(OPERAND), (1, 2, 0)), part, a, OPERAND, PRECISION)
     else:
         a = load_clip(q, clip, n, d, query, SIZE, Q_STRIDES, Q_FORM, C, L).to(ACC)
         squares = tl.sum(a * a, 1)
@@ -310,15 +326,15 @@ def relational_forward(
 
     there = (n < SIZE[0] * SIZE[1] * SIZE[2])[:, None, None] & (query < L)[None, None, :]
     if ORDER == "second":
-        e = tl.arange(0, E_PAD)
-        z = collect(a, h2, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, D_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC, PRECISION)
+        e = tl.arange(0, E_WIDE)
+        z = collect(a, h2, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, D_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC, PRECISION)
         if HAS_G:
             if SAVE:
                 store_rows(z_rows, z, clip, n, e, query, SIZE, E, L)
-            by_g = correlate(z, g, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, F_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC,
+            by_g = correlate(z, g, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, F_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC,
                              PRECISION)  # fmt: skip
             if HAS_IDENTITY:
-                by_g += mixed(z, identity, False, E_PAD, F_PAD, BLOCK_P, BLOCK_L, ACC, PRECISION)
+                by_g += mixed(z, identity, False, E_WIDE, F_PAD, BLOCK_P, BLOCK_L, ACC, PRECISION)
             tl.store(clip_at(y, clip, n, f, query, SIZE, Y_STRIDES, Y_FORM), by_g.to(OPERAND),
                      mask=there & (f < F)[None, :, None])  # fmt: skip
         else:
@@ -327,16 +343,16 @@ def relational_forward(
     else:
         a = a.to(OPERAND)
         result = tl.zeros((BLOCK_P, F_PAD, BLOCK_L), ACC)
-        for first in range(0, E_PAD, BLOCK_C):
-            e = first + tl.arange(0, BLOCK_C)
+        for first in range(0, E_PAD, BLOCK_E):
+            e = first + tl.arange(0, BLOCK_E)
             a2, a3 = values_by(h2, g, identity, vn, clip, n, e, SIZE, WINDOW, HAS_G, HAS_IDENTITY, M_PAD, E_PAD,
-                               D_PAD, F_PAD, BLOCK_P, BLOCK_M, BLOCK_C, ACC, PRECISION)  # fmt: skip
-            z = dot(tl.permute(a2.to(OPERAND), (1, 0, 2)), a, tl.zeros((BLOCK_P, BLOCK_C, BLOCK_L), ACC), OPERAND,
+                               D_PAD, F_PAD, BLOCK_P, BLOCK_M, BLOCK_E, ACC, PRECISION)  # fmt: skip
+            z = dot(tl.permute(a2.to(OPERAND), (1, 0, 2)), a, tl.zeros((BLOCK_P, BLOCK_E, BLOCK_L), ACC), OPERAND,
                     PRECISION).to(OPERAND)  # fmt: skip
             if HAS_G:
                 if SAVE:
                     store_rows(z_rows, z, clip, n, e, query, SIZE, E, L)
-                result = dot(tl.permute(a3.to(OPERAND), (1, 2, 0)), z, result, OPERAND, PRECISION)
+                result = contract(tl.permute(a3.to(OPERAND), (1, 2, 0)), z, result, OPERAND, PRECISION)
             else:
                 tl.store(clip_at(y, clip, n, e, query, SIZE, Y_STRIDES, Y_FORM), z,
                          mask=there & (e < E)[None, :, None])  # fmt: skip
@@ -351,10 +367,10 @@ def relational_backward(
     SIZE: tl.constexpr, DY_STRIDES, Q_STRIDES, DQ_STRIDES, DY_FORM: tl.constexpr, Q_FORM: tl.constexpr, DQ_FORM: tl.constexpr,
     WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
-    C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
+    C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, E_WIDE: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
     HAS_H1: tl.constexpr, HAS_P1: tl.constexpr, HAS_G: tl.constexpr, HAS_IDENTITY: tl.constexpr,
     NORMED: tl.constexpr, NEED_Q: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """The rows of dz and da, q's scales 1 / sqrt(sum q^2 + eps), and with NEED_Q dq."""
     OPERAND: tl.constexpr = q.dtype.element_ty
@@ -366,33 +382,33 @@ def relational_backward(
     f = tl.arange(0, F_PAD)
 
     if ORDER == "second":
-        e = tl.arange(0, E_PAD)
+        e = tl.arange(0, E_WIDE)
         if HAS_G:
             by_y = load_clip(dy, clip, n, f, query, SIZE, DY_STRIDES, DY_FORM, F, L)
-            dz = collect(by_y, g, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, F_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC,
+            dz = collect(by_y, g, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, F_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC,
                          PRECISION)  # fmt: skip
             if HAS_IDENTITY:
-                dz += mixed(by_y, identity, True, E_PAD, F_PAD, BLOCK_P, BLOCK_L, ACC, PRECISION)
+                dz += mixed(by_y, identity, True, E_WIDE, F_PAD, BLOCK_P, BLOCK_L, ACC, PRECISION)
         else:
             dz = load_clip(dy, clip, n, e, query, SIZE, DY_STRIDES, DY_FORM, E, L).to(ACC)
         store_rows(dz_rows, dz, clip, n, e, query, SIZE, E, L)
-        da = correlate(dz, h2, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, D_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC,
+        da = correlate(dz, h2, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, D_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC,
                        PRECISION)  # fmt: skip
     else:
         da = tl.zeros((BLOCK_P, D_PAD, BLOCK_L), ACC)
         if HAS_G:
             by_y = load_clip(dy, clip, n, f, query, SIZE, DY_STRIDES, DY_FORM, F, L)
-        for first in range(0, E_PAD, BLOCK_C):
-            e = first + tl.arange(0, BLOCK_C)
+        for first in range(0, E_PAD, BLOCK_E):
+            e = first + tl.arange(0, BLOCK_E)
             a2, a3 = values_by(h2, g, identity, vn, clip, n, e, SIZE, WINDOW, HAS_G, HAS_IDENTITY, M_PAD, E_PAD,
-                               D_PAD, F_PAD, BLOCK_P, BLOCK_M, BLOCK_C, ACC, PRECISION)  # fmt: skip
+                               D_PAD, F_PAD, BLOCK_P, BLOCK_M, BLOCK_E, ACC, PRECISION)  # fmt: skip
             if HAS_G:
-                dz = dot(tl.permute(a3.to(OPERAND), (1, 0, 2)), by_y, tl.zeros((BLOCK_P, BLOCK_C, BLOCK_L), ACC),
+                dz = dot(tl.permute(a3.to(OPERAND), (1, 0, 2)), by_y, tl.zeros((BLOCK_P, BLOCK_E, BLOCK_L), ACC),
                          OPERAND, PRECISION).to(OPERAND)  # fmt: skip
             else:
                 dz = load_clip(dy, clip, n, e, query, SIZE, DY_STRIDES, DY_FORM, E, L)
             store_rows(dz_rows, dz, clip, n, e, query, SIZE, E, L)
-            da = dot(tl.permute(a2.to(OPERAND), (1, 2, 0)), dz, da, OPERAND, PRECISION)
+            da = contract(tl.permute(a2.to(OPERAND), (1, 2, 0)), dz, da, OPERAND, PRECISION)
     store_rows(da_rows, da, clip, n, d, query, SIZE, D, L)
 
     there = (n < SIZE[0] * SIZE[1] * SIZE[2])[:, None, None] & (query < L)[None, None, :]

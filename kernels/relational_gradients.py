@@ -8,12 +8,14 @@
 
 Floor: operations, M C D per position for each of dK and dH1, and so on as in the forward; bytes are few.
 
-Tiling of dK and dV ("fold"): a program owns BLOCK_S - kw + 1 consecutive positions of a clip, p, and a block of
-channels. For each row (dt, dh) of the window their neighbours p - m are BLOCK_S consecutive positions n too. For these
-it forms dA on chip, multiplies it with the row's kw taps to u[n, tap], and sums u along its diagonals, u[p - m, m]: an
-indexed read of a tile. So nobody writes to a neighbour, and no atomics are needed.
-Tiling of the weights: a program owns BLOCK_M taps (and BLOCK_C channels of H1) and walks every SPLITS-th block of
-positions; its sum is one of SPLITS, which are added afterwards in fixed order.
+Tiling of dK and dV ("fold"): a program owns a tile of PLANE_H x PLANE_W positions p of a frame, and a block of
+channels. For each frame that a tap leads back to it walks the positions n from which the tile can be reached, BLOCK_S
+at a time: it forms dA on chip, multiplies it with the taps of that frame to u[n, tap], and picks for each pair (n, p)
+the tap that leads from one to the other. So nobody writes to a neighbour, no atomics are needed, and what u costs is
+shared by the taps of a frame.
+Tiling of the weights: a program owns BLOCK_M taps (and BLOCK_C channels and BLOCK_D latent channels of H1) and walks
+every SPLITS-th block of positions; its sum is one of SPLITS, which are added afterwards in fixed order. Programs beyond
+the taps do the same for P1 and I.
 """
 
 import triton
@@ -24,37 +26,63 @@ from .relational import clip_at, load_clip, load_rows, window
 
 
 @triton.jit
-def diagonals(u, p, row, SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-              TAPS: tl.constexpr):  # fmt: skip
-    """sum_tap u[c, p - m, tap] (BLOCK_C, BLOCK_S) over the taps of the window's row, where p - m is in the clip.
-
-    u (BLOCK_C, BLOCK_S, TAPS) holds consecutive positions, the first of them that of p[0] and the row's last tap.
-    """
-    tap = tl.arange(0, TAPS)
-    source = tl.arange(0, BLOCK_S)[:, None] + (WINDOW[2] - 1 - tap)[None, :]
-    source = tl.minimum(tl.maximum(source, 0), BLOCK_S - 1)
-    picked = tl.gather(u, tl.broadcast_to(source[None, :, :], (BLOCK_C, BLOCK_S, TAPS)), 1)
-    t = p // (SIZE[1] * SIZE[2]) - (row // WINDOW[1] - WINDOW[0] // 2)
-    h = p // SIZE[2] % SIZE[1] - (row % WINDOW[1] - WINDOW[1] // 2)
-    w = (p % SIZE[2])[:, None] - (tap - WINDOW[2] // 2)[None, :]
-    there = ((t >= 0) & (t < SIZE[0]) & (h >= 0) & (h < SIZE[1]))[:, None] & (w >= 0) & (w < SIZE[2])
-    there = there & (tap < WINDOW[2])[None, :]
-    return tl.sum(tl.where(there[None, :, :], picked, 0.0), 2)
-
-
-@triton.jit
-def neighbours(p, row, SIZE: tl.constexpr, WINDOW: tl.constexpr):
-    """The positions that the row's taps reach positions p from, in order."""
-    dt = row // WINDOW[1] - WINDOW[0] // 2
-    dh = row % WINDOW[1] - WINDOW[1] // 2
-    return p - (dt * SIZE[1] + dh) * SIZE[2] - (WINDOW[2] - 1 - WINDOW[2] // 2)
-
-
-@triton.jit
 def outer(x, y, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """sum_l x[n, i, l] y[n, j, l] for x (positions, i, queries) and y (positions, j, queries)."""
     zero = tl.zeros((x.shape[0], x.shape[1], y.shape[1]), ACC)
     return dot(x.to(OPERAND), tl.permute(y.to(OPERAND), (0, 2, 1)), zero, OPERAND, PRECISION)
+
+
+@triton.jit
+def products(x, y, total, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """total + sum_n sum_l x[n, i, l] y[n, j, l]: (i, j)."""
+    ROWS: tl.constexpr = x.shape[0] * x.shape[2]
+    x = tl.reshape(tl.permute(x.to(OPERAND), (1, 0, 2)), (x.shape[1], ROWS))
+    y = tl.reshape(tl.permute(y.to(OPERAND), (0, 2, 1)), (ROWS, y.shape[1]))
+    return dot(x, y, total, OPERAND, PRECISION)
+
+
+@triton.jit
+def across(weights, x, total, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """total + sum_n sum_l weights[n, p, l] x[n, e, l]: (p, e)."""
+    ROWS: tl.constexpr = x.shape[0] * x.shape[2]
+    weights = tl.reshape(tl.permute(weights.to(OPERAND), (1, 0, 2)), (weights.shape[1], ROWS))
+    x = tl.reshape(tl.permute(x, (0, 2, 1)), (ROWS, x.shape[1]))
+    return dot(weights, x, total, OPERAND, PRECISION)
+
+
+@triton.jit
+def tile_of(tile, SIZE: tl.constexpr, PLANE_H: tl.constexpr, PLANE_W: tl.constexpr):
+    """Frame, rows and columns of the positions of a tile, and the first row and column."""
+    down: tl.constexpr = (SIZE[1] + PLANE_H - 1) // PLANE_H
+    across: tl.constexpr = (SIZE[2] + PLANE_W - 1) // PLANE_W
+    top = tile // across % down * PLANE_H
+    left = tile % across * PLANE_W
+    lane = tl.arange(0, PLANE_H * PLANE_W)
+    return tile // (across * down), top + lane // PLANE_W, left + lane % PLANE_W, top, left
+
+
+@triton.jit
+def span(first, LENGTH: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr):
+    """First and number of the places on an axis from which one of its K taps leads into the tile at `first`."""
+    low = tl.maximum(first - (K - 1 - K // 2), 0)
+    high = tl.minimum(first + TILE - 1 + K // 2, LENGTH - 1)
+    return low, high - low + 1
+
+
+@triton.jit
+def picked(u, h, w, from_h, from_w, there, first, WINDOW: tl.constexpr):
+    """sum_n u[c, n, tap], the tap being what leads from n = (from_h, from_w) to p = (h, w): (channels, p).
+
+    u (channels, n, taps) holds the taps of a frame from `first` on.
+    """
+    by_h = h[None, :] - from_h[:, None] + WINDOW[1] // 2
+    by_w = w[None, :] - from_w[:, None] + WINDOW[2] // 2
+    tap = by_h * WINDOW[2] + by_w - first
+    there = there[:, None] & (by_h >= 0) & (by_h < WINDOW[1]) & (by_w >= 0) & (by_w < WINDOW[2])
+    there = there & (tap >= 0) & (tap < u.shape[2])
+    tap = tl.where(there, tap, 0)
+    pairs = tl.gather(u, tl.broadcast_to(tap[None, :, :], (u.shape[0], tap.shape[0], tap.shape[1])), 2)
+    return tl.sum(tl.where(there[None, :, :], pairs, 0.0), 1)
 
 
 @triton.jit
@@ -63,35 +91,44 @@ def relational_fold_keys(
     SIZE: tl.constexpr, Q_STRIDES, Q_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, C_PAD: tl.constexpr, D_PAD: tl.constexpr, M_PAD: tl.constexpr,
     NORMED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, TAPS: tl.constexpr,
+    PLANE_H: tl.constexpr, PLANE_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """The rows of the normalised keys' gradient."""
     OPERAND: tl.constexpr = q.dtype.element_ty
-    blocks = tl.cdiv(SIZE[0] * SIZE[1] * SIZE[2], BLOCK_S - WINDOW[2] + 1)
+    tiles: tl.constexpr = (SIZE[0] * ((SIZE[1] + PLANE_H - 1) // PLANE_H)) * ((SIZE[2] + PLANE_W - 1) // PLANE_W)
     channels: tl.constexpr = C_PAD // BLOCK_C
+    plane: tl.constexpr = WINDOW[1] * WINDOW[2]
     program = tl.program_id(0)
-    clip = program // channels // blocks
-    lane = tl.arange(0, BLOCK_S)
-    p = program // channels % blocks * (BLOCK_S - WINDOW[2] + 1) + lane
+    clip = program // channels // tiles
     c = program % channels * BLOCK_C + tl.arange(0, BLOCK_C)
+    t, h, w, top, left = tile_of(program // channels % tiles, SIZE, PLANE_H, PLANE_W)
+    from_top, rows = span(top, SIZE[1], PLANE_H, WINDOW[1])
+    from_left, columns = span(left, SIZE[2], PLANE_W, WINDOW[2])
     query = tl.arange(0, BLOCK_L)
-    tap = tl.arange(0, TAPS)
-    dk = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-    for row in range(WINDOW[0] * WINDOW[1]):
-        n = neighbours(p, row, SIZE, WINDOW)
-        part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L)
-        if NORMED:
-            part = part.to(ACC) * load_rows(scales, clip, n, tl.arange(0, 1), query, SIZE, 1, L)
-        m = tl.minimum(row * WINDOW[2] + tap, M_PAD - 1)
-        u = tl.zeros((BLOCK_C, BLOCK_S, TAPS), ACC)
-        for first in range(0, D_PAD, BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
-            da1 = outer(part, load_rows(da_rows, clip, n, d, query, SIZE, D, L), ACC, OPERAND, PRECISION)
-            weights = tl.load(h1 + (c[:, None, None] * M_PAD + m[None, None, :]) * D_PAD + d[None, :, None])
-            u = dot(tl.permute(da1.to(OPERAND), (1, 0, 2)), weights, u, OPERAND, PRECISION)
-        dk += diagonals(u, p, row, SIZE, WINDOW, BLOCK_C, BLOCK_S, TAPS)
-    mine = (p < SIZE[0] * SIZE[1] * SIZE[2]) & (lane < BLOCK_S - WINDOW[2] + 1)
-    cells = clip.to(tl.int64) * (SIZE[0] * SIZE[1] * SIZE[2]) + p
+    dk = tl.zeros((BLOCK_C, PLANE_H * PLANE_W), ACC)
+    first_frame = tl.maximum(t + WINDOW[0] // 2 - SIZE[0] + 1, 0)
+    for frame in range(first_frame, tl.minimum(t + WINDOW[0] // 2 + 1, WINDOW[0])):
+        for block in range(0, rows * columns, BLOCK_S):
+            source = block + tl.arange(0, BLOCK_S)
+            from_h, from_w = from_top + source // columns, from_left + source % columns
+            there = source < rows * columns
+            n = tl.where(there, ((t - frame + WINDOW[0] // 2) * SIZE[1] + from_h) * SIZE[2] + from_w, -1)
+            part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L)
+            if NORMED:
+                part = part.to(ACC) * load_rows(scales, clip, n, tl.arange(0, 1), query, SIZE, 1, L)
+            for first in range(0, plane, TAPS):
+                m = tl.minimum(frame * plane + first + tl.arange(0, TAPS), M_PAD - 1)
+                u = tl.zeros((BLOCK_C, BLOCK_S, TAPS), ACC)
+                for first_d in range(0, D_PAD, BLOCK_D):
+                    d = first_d + tl.arange(0, BLOCK_D)
+                    da1 = outer(part, load_rows(da_rows, clip, n, d, query, SIZE, D, L), ACC, OPERAND, PRECISION)
+                    weights = tl.load(h1 + (c[:, None, None] * M_PAD + m[None, :, None]) * D_PAD + d[None, None, :])
+                    u = dot(tl.permute(da1.to(OPERAND), (1, 0, 2)), tl.permute(weights, (0, 2, 1)), u, OPERAND,
+                            PRECISION)  # fmt: skip
+                dk += picked(u, h, w, from_h, from_w, there, first, WINDOW)
+    mine = (h < SIZE[1]) & (w < SIZE[2])
+    cells = clip.to(tl.int64) * (SIZE[0] * SIZE[1] * SIZE[2]) + (t * SIZE[1] + h) * SIZE[2] + w
     tl.store(dk_rows + (cells * C)[None, :] + c[:, None], dk, mask=mine[None, :] & (c < C)[:, None])
 
 
@@ -100,44 +137,49 @@ def relational_fold_values(
     a_rows, dz_rows, z_rows, dy, h2, g, dv_rows,
     SIZE: tl.constexpr, DY_STRIDES, DY_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
-    D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
+    D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr,
     HAS_G: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, TAPS: tl.constexpr,
+    PLANE_H: tl.constexpr, PLANE_W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """The rows of the normalised values' gradient."""
     OPERAND: tl.constexpr = a_rows.dtype.element_ty
-    blocks = tl.cdiv(SIZE[0] * SIZE[1] * SIZE[2], BLOCK_S - WINDOW[2] + 1)
-    channels: tl.constexpr = E_PAD // BLOCK_C
-    program = tl.program_id(0)
-    clip = program // channels // blocks
-    lane = tl.arange(0, BLOCK_S)
-    p = program // channels % blocks * (BLOCK_S - WINDOW[2] + 1) + lane
-    e = program % channels * BLOCK_C + tl.arange(0, BLOCK_C)
+    BLOCK_P: tl.constexpr = PLANE_H * PLANE_W
+    tiles: tl.constexpr = (SIZE[0] * ((SIZE[1] + PLANE_H - 1) // PLANE_H)) * ((SIZE[2] + PLANE_W - 1) // PLANE_W)
+    clip = tl.program_id(0) // tiles
+    e = tl.arange(0, E_PAD)
+    t, h, w, top, left = tile_of(tl.program_id(0) % tiles, SIZE, PLANE_H, PLANE_W)
+    from_top, rows = span(top, SIZE[1], PLANE_H, WINDOW[1])
+    from_left, columns = span(left, SIZE[2], PLANE_W, WINDOW[2])
     query = tl.arange(0, BLOCK_L)
-    tap = tl.arange(0, TAPS)
-    dv = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-    for row in range(WINDOW[0] * WINDOW[1]):
-        n = neighbours(p, row, SIZE, WINDOW)
-        m = tl.minimum(row * WINDOW[2] + tap, M_PAD - 1)
-        u = tl.zeros((BLOCK_C * BLOCK_S, TAPS), ACC)
-        dz = load_rows(dz_rows, clip, n, e, query, SIZE, E, L)
-        for first in range(0, D_PAD, BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
-            da2 = outer(dz, load_rows(a_rows, clip, n, d, query, SIZE, D, L), ACC, OPERAND, PRECISION)
-            da2 = tl.reshape(tl.permute(da2.to(OPERAND), (1, 0, 2)), (BLOCK_C * BLOCK_S, BLOCK_D))
-            u = dot(da2, tl.load(h2 + m[None, :] * D_PAD + d[:, None]), u, OPERAND, PRECISION)
-        if HAS_G:
-            z = load_rows(z_rows, clip, n, e, query, SIZE, E, L)
-            for first in range(0, F_PAD, BLOCK_D):
-                f = first + tl.arange(0, BLOCK_D)
-                by_y = load_clip(dy, clip, n, f, query, SIZE, DY_STRIDES, DY_FORM, F, L)
-                da3 = outer(z, by_y, ACC, OPERAND, PRECISION)
-                da3 = tl.reshape(tl.permute(da3.to(OPERAND), (1, 0, 2)), (BLOCK_C * BLOCK_S, BLOCK_D))
-                u = dot(da3, tl.load(g + m[None, :] * F_PAD + f[:, None]), u, OPERAND, PRECISION)
-        dv += diagonals(tl.reshape(u, (BLOCK_C, BLOCK_S, TAPS)), p, row, SIZE, WINDOW, BLOCK_C, BLOCK_S, TAPS)
-    mine = (p < SIZE[0] * SIZE[1] * SIZE[2]) & (lane < BLOCK_S - WINDOW[2] + 1)
-    cells = clip.to(tl.int64) * (SIZE[0] * SIZE[1] * SIZE[2]) + p
-    tl.store(dv_rows + (cells * E)[None, :] + e[:, None], dv, mask=mine[None, :] & (e < E)[:, None])
+    dv = tl.zeros((BLOCK_P, E_PAD), ACC)
+    first_frame = tl.maximum(t + WINDOW[0] // 2 - SIZE[0] + 1, 0)
+    for frame in range(first_frame, tl.minimum(t + WINDOW[0] // 2 + 1, WINDOW[0])):
+        for block in range(0, rows * columns, BLOCK_S):
+            source = block + tl.arange(0, BLOCK_S)
+            from_h, from_w = from_top + source // columns, from_left + source % columns
+            there = source < rows * columns
+            n = tl.where(there, ((t - frame + WINDOW[0] // 2) * SIZE[1] + from_h) * SIZE[2] + from_w, -1)
+            by_h = h[None, :] - from_h[:, None] + WINDOW[1] // 2
+            by_w = w[None, :] - from_w[:, None] + WINDOW[2] // 2
+            reach = there[:, None] & (by_h >= 0) & (by_h < WINDOW[1]) & (by_w >= 0) & (by_w < WINDOW[2])
+            tap = (frame * WINDOW[1] + by_h) * WINDOW[2] + by_w
+            kernels = tl.zeros((BLOCK_S, BLOCK_P, BLOCK_L), ACC)
+            for first in range(0, D_PAD, BLOCK_D):
+                d = first + tl.arange(0, BLOCK_D)
+                row = tl.load(h2 + (tap * D_PAD)[:, :, None] + d[None, None, :], mask=reach[:, :, None], other=0.0)
+                kernels = dot(row, load_rows(a_rows, clip, n, d, query, SIZE, D, L), kernels, OPERAND, PRECISION)
+            dv = across(kernels, load_rows(dz_rows, clip, n, e, query, SIZE, E, L), dv, OPERAND, PRECISION)
+            if HAS_G:
+                s = tl.zeros((BLOCK_S, BLOCK_P, BLOCK_L), ACC)
+                for first in range(0, F_PAD, BLOCK_D):
+                    f = first + tl.arange(0, BLOCK_D)
+                    row = tl.load(g + (tap * F_PAD)[:, :, None] + f[None, None, :], mask=reach[:, :, None], other=0.0)
+                    by_y = load_clip(dy, clip, n, f, query, SIZE, DY_STRIDES, DY_FORM, F, L)
+                    s = dot(row, by_y, s, OPERAND, PRECISION)
+                dv = across(s, load_rows(z_rows, clip, n, e, query, SIZE, E, L), dv, OPERAND, PRECISION)
+    mine = (h < SIZE[1]) & (w < SIZE[2])
+    cells = clip.to(tl.int64) * (SIZE[0] * SIZE[1] * SIZE[2]) + (t * SIZE[1] + h) * SIZE[2] + w
+    tl.store(dv_rows + (cells * E)[:, None] + e[None, :], dv, mask=mine[:, None] & (e < E)[None, :])
 
 
 @triton.jit
@@ -146,50 +188,45 @@ def relational_by_h1(
     SIZE: tl.constexpr, Q_STRIDES, Q_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, C_PAD: tl.constexpr, D_PAD: tl.constexpr, M_PAD: tl.constexpr,
     HAS_H1: tl.constexpr, HAS_P1: tl.constexpr, NORMED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Sums by_h1 (SPLITS, C_PAD, M_PAD, D_PAD) and by_p1 (SPLITS, C_PAD, D_PAD)."""
     OPERAND: tl.constexpr = q.dtype.element_ty
-    blocks = tl.cdiv(SIZE[0] * SIZE[1] * SIZE[2], BLOCK_P)
+    blocks: tl.constexpr = (SIZE[0] * SIZE[1] * SIZE[2] + BLOCK_P - 1) // BLOCK_P
     channels: tl.constexpr = C_PAD // BLOCK_C
+    latents: tl.constexpr = D_PAD // BLOCK_D
     split = tl.program_id(0) % SPLITS
     rest = tl.program_id(0) // SPLITS
-    first = rest // channels * BLOCK_M
     c = rest % channels * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = first + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, D_PAD)
+    d = rest // channels % latents * BLOCK_D + tl.arange(0, BLOCK_D)
+    first = rest // (channels * latents) * BLOCK_M
     query = tl.arange(0, BLOCK_L)
-    sum_h1 = tl.zeros((BLOCK_C, BLOCK_M, D_PAD), ACC)
-    sum_p1 = tl.zeros((BLOCK_C, D_PAD), ACC)
-    for block in range(split, clips * blocks, SPLITS):
-        clip = block // blocks
-        n = block % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-        part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L)
-        if NORMED:
-            part = part.to(ACC) * load_rows(scales, clip, n, tl.arange(0, 1), query, SIZE, 1, L)
-        da1 = outer(part, load_rows(da_rows, clip, n, d, query, SIZE, D, L), ACC, OPERAND, PRECISION)
-        if HAS_P1:
-            sum_p1 += tl.sum(da1, 0)
-        if HAS_H1:
+    M_END: tl.constexpr = M_PAD if HAS_H1 else 0
+    if first < M_END:
+        m = first + tl.arange(0, BLOCK_M)
+        sum_h1 = tl.zeros((BLOCK_C, BLOCK_M, BLOCK_D), ACC)
+        for block in range(split, clips * blocks, SPLITS):
+            clip = block // blocks
+            n = block % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+            part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L)
+            if NORMED:
+                part = part.to(ACC) * load_rows(scales, clip, n, tl.arange(0, 1), query, SIZE, 1, L)
+            da1 = outer(part, load_rows(da_rows, clip, n, d, query, SIZE, D, L), ACC, OPERAND, PRECISION)
             keys = tl.permute(window(kn, clip, n, m, c, SIZE, WINDOW, C_PAD), (2, 1, 0))
             sum_h1 = dot(keys, tl.permute(da1.to(OPERAND), (1, 0, 2)), sum_h1, OPERAND, PRECISION)
-    if HAS_H1:
         rows = (split * C_PAD + c)[:, None] * M_PAD + m[None, :]
         tl.store(by_h1 + rows[:, :, None].to(tl.int64) * D_PAD + d[None, None, :], sum_h1)
-    if HAS_P1 and first == 0:
+    elif HAS_P1:
+        sum_p1 = tl.zeros((BLOCK_C, BLOCK_D), ACC)
+        for block in range(split, clips * blocks, SPLITS):
+            clip = block // blocks
+            n = block % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+            part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L)
+            if NORMED:
+                part = part.to(ACC) * load_rows(scales, clip, n, tl.arange(0, 1), query, SIZE, 1, L)
+            sum_p1 = products(part, load_rows(da_rows, clip, n, d, query, SIZE, D, L), sum_p1, OPERAND, PRECISION)
         tl.store(by_p1 + (split * C_PAD + c)[:, None] * D_PAD + d[None, :], sum_p1)
-
-
-@triton.jit
-def by_tap(values, x, y, columns, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """sum + sum_n sum_l (values[n, m] . x[n, l]) y[n, l]: (taps, features)."""
-    BLOCK_P: tl.constexpr = values.shape[0]
-    BLOCK_M: tl.constexpr = values.shape[1]
-    BLOCK_L: tl.constexpr = x.shape[2]
-    s = dot(values, x.to(OPERAND), tl.zeros((BLOCK_P, BLOCK_M, BLOCK_L), ACC), OPERAND, PRECISION)
-    s = tl.reshape(tl.permute(s.to(OPERAND), (1, 0, 2)), (BLOCK_M, BLOCK_P * BLOCK_L))
-    y = tl.reshape(tl.permute(y.to(OPERAND), (0, 2, 1)), (BLOCK_P * BLOCK_L, y.shape[1]))
-    return dot(s, y, columns, OPERAND, PRECISION)
 
 
 @triton.jit
@@ -197,51 +234,46 @@ def relational_by_h2(
     a_rows, dz_rows, z_rows, dy, vn, by_h2, by_g, by_identity, clips,
     SIZE: tl.constexpr, DY_STRIDES, DY_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
-    D_PAD: tl.constexpr, E_PAD: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
+    D_PAD: tl.constexpr, E_PAD: tl.constexpr, E_WIDE: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
     HAS_G: tl.constexpr, HAS_IDENTITY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Sums by_h2 (SPLITS, M_PAD, D_PAD), by_g (SPLITS, M_PAD, F_PAD) and by_identity (SPLITS, E_PAD, F_PAD).
-
-    The programs of one split beyond M_PAD / BLOCK_M sum the identity's gradient.
-    """
+    """Sums by_h2 (SPLITS, M_PAD, D_PAD), by_g (SPLITS, M_PAD, F_PAD) and by_identity (SPLITS, E_WIDE, F_PAD)."""
     OPERAND: tl.constexpr = a_rows.dtype.element_ty
-    blocks = tl.cdiv(SIZE[0] * SIZE[1] * SIZE[2], BLOCK_P)
+    blocks: tl.constexpr = (SIZE[0] * SIZE[1] * SIZE[2] + BLOCK_P - 1) // BLOCK_P
     split = tl.program_id(0) % SPLITS
     first = tl.program_id(0) // SPLITS * BLOCK_M
-    m = first + tl.arange(0, BLOCK_M)
     d = tl.arange(0, D_PAD)
-    e = tl.arange(0, E_PAD)
+    e = tl.arange(0, E_WIDE)
     f = tl.arange(0, F_PAD)
     query = tl.arange(0, BLOCK_L)
     if first < M_PAD:
+        m = first + tl.arange(0, BLOCK_M)
         sum_h2 = tl.zeros((BLOCK_M, D_PAD), ACC)
         sum_g = tl.zeros((BLOCK_M, F_PAD), ACC)
+        zero = tl.zeros((BLOCK_P, BLOCK_M, BLOCK_L), ACC)
         for block in range(split, clips * blocks, SPLITS):
             clip = block // blocks
             n = block % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
             values = window(vn, clip, n, m, e, SIZE, WINDOW, E_PAD)
-            dz = load_rows(dz_rows, clip, n, e, query, SIZE, E, L)
-            a = load_rows(a_rows, clip, n, d, query, SIZE, D, L)
-            sum_h2 = by_tap(values, dz, a, sum_h2, ACC, OPERAND, PRECISION)
+            by_kernel = dot(values, load_rows(dz_rows, clip, n, e, query, SIZE, E, L), zero, OPERAND, PRECISION)
+            sum_h2 = products(by_kernel, load_rows(a_rows, clip, n, d, query, SIZE, D, L), sum_h2, OPERAND, PRECISION)
             if HAS_G:
-                z = load_rows(z_rows, clip, n, e, query, SIZE, E, L)
+                s = dot(values, load_rows(z_rows, clip, n, e, query, SIZE, E, L), zero, OPERAND, PRECISION)
                 by_y = load_clip(dy, clip, n, f, query, SIZE, DY_STRIDES, DY_FORM, F, L)
-                sum_g = by_tap(values, z, by_y, sum_g, ACC, OPERAND, PRECISION)
+                sum_g = products(s, by_y, sum_g, OPERAND, PRECISION)
         tl.store(by_h2 + (split * M_PAD + m)[:, None] * D_PAD + d[None, :], sum_h2)
         if HAS_G:
             tl.store(by_g + (split * M_PAD + m)[:, None] * F_PAD + f[None, :], sum_g)
     elif HAS_IDENTITY:
-        sum_i = tl.zeros((E_PAD, F_PAD), ACC)
+        sum_i = tl.zeros((E_WIDE, F_PAD), ACC)
         for block in range(split, clips * blocks, SPLITS):
             clip = block // blocks
             n = block % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-            z = load_rows(z_rows, clip, n, e, query, SIZE, E, L)
             by_y = load_clip(dy, clip, n, f, query, SIZE, DY_STRIDES, DY_FORM, F, L)
-            z = tl.reshape(tl.permute(z, (1, 0, 2)), (E_PAD, BLOCK_P * BLOCK_L))
-            by_y = tl.reshape(tl.permute(by_y, (0, 2, 1)), (BLOCK_P * BLOCK_L, F_PAD))
-            sum_i = dot(z, by_y, sum_i, OPERAND, PRECISION)
-        tl.store(by_identity + (split * E_PAD + e)[:, None] * F_PAD + f[None, :], sum_i)
+            z = load_rows(z_rows, clip, n, e, query, SIZE, E, L)
+            sum_i = products(z, by_y, sum_i, OPERAND, PRECISION)
+        tl.store(by_identity + (split * E_WIDE + e)[:, None] * F_PAD + f[None, :], sum_i)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -23,6 +24,7 @@ from support import (
     PROFILES,
     REGION_OPS,
     RegionCase,
+    RelationalCase,
     assert_all_close,
     assert_close,
     assert_identical,
@@ -46,7 +48,8 @@ from dyreg_triton.dispatch import current_backend
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 on_backends = pytest.mark.parametrize("backend", backends())
-on_ops = pytest.mark.parametrize("op", REGION_OPS)
+OPS = (*REGION_OPS, "relational_attention")
+on_ops = pytest.mark.parametrize("op", OPS)
 on_profiles = pytest.mark.parametrize("profile", PROFILES)
 pytestmark = [  # torch's own
     pytest.mark.filterwarnings(f"ignore:{start}")
@@ -100,18 +103,23 @@ def assert_all_identical(actual: Mapping[str, Tensor | None], expected: Mapping[
             assert_identical(got, want, name)
 
 
-def op_case(op: str, profile: str = "linear", seed: int = 5, **options: Any) -> RegionCase:
+def op_case(op: str, profile: str = "linear", seed: int = 5, **options: Any) -> RegionCase | RelationalCase:
+    """A small call; relational self-attention normalises its input unless the profile is linear."""
+    if op == "relational_attention":
+        eps = None if profile == "linear" else 1e-2
+        dtype = options.get("dtype", torch.float32)
+        return RelationalCase(kernel_size=(2, 3, 3), clip=(1, 2, 3), batch=2, eps=eps, dtype=dtype, seed=seed)
     return RegionCase(op, (2,), 3, 4, SIZE, profile, 0.7, seed=seed, **options)
 
 
-def op_inputs(case: RegionCase) -> tuple[dict[str, Tensor], Tensor]:
+def op_inputs(case: RegionCase | RelationalCase) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs that want gradients, by name, and the output's cotangent."""
     values = {name: t.to(DEVICE) for name, t in case.values().items()}
     grad_output = values.pop("grad_output")
     return {name: t.requires_grad_() for name, t in values.items()}, grad_output
 
 
-def run_op(case: RegionCase, function: Callable[..., Tensor] | None = None) -> Results:
+def run_op(case: RegionCase | RelationalCase, function: Callable[..., Tensor] | None = None) -> Results:
     values, grad_output = op_inputs(case)
     return value_and_gradients(function or case.function(dt.ops), values, grad_output)
 
@@ -491,6 +499,50 @@ def test_export_of_ops(strict: bool, profile: str) -> None:
             assert_same_outputs(program(*arguments), module(*arguments), 1e-5)
 
 
+class Relational(nn.Module):
+    """Relational self-attention with its weights."""
+
+    def __init__(self, seed: int = 5):
+        super().__init__()
+        values, _ = op_inputs(op_case("relational_attention", "gaussian", seed))
+        self.weights = nn.ParameterDict({name: t for name, t in values.items() if name not in "qkv"})
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dt.ops.relational_attention(q, k, v, **self.weights, eps=1e-2)
+
+
+def relational_features(batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    case = dataclasses.replace(op_case("relational_attention", seed=seed), batch=batch)
+    values = {name: t.detach() for name, t in op_inputs(case)[0].items()}
+    return values["q"], values["k"], values["v"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_relational_attention(strict: bool) -> None:
+    """For any batch, through a file."""
+    module = Relational().to(DEVICE)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = {name: {0: batch} for name in "qkv"}
+    with dt.backend("eager"):
+        program = torch.export.export(module, relational_features(2), dynamic_shapes=shapes, strict=strict)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        exported = torch.export.load(file).module()
+        for count in (1, 2, 5):
+            features = relational_features(count, seed=count)
+            assert_same_outputs(exported(*features), module(*features), 1e-5)
+
+
+@pytest.mark.kernels
+def test_export_keeps_the_relational_kernel() -> None:
+    module, features = Relational().to(DEVICE), relational_features(2)
+    with dt.backend("triton"):
+        program = torch.export.export(module, features)
+        assert any(str(node.target).startswith("dyreg_triton.relational") for node in program.graph.nodes)
+        assert_same_outputs(program.module()(*features), module(*features), 1e-6)
+
+
 @pytest.mark.kernels
 def test_export_keeps_the_kernels() -> None:
     """Exported under triton, the program holds the ops themselves and runs them."""
@@ -559,6 +611,16 @@ def test_onnx_of_ops(profile: str) -> None:
             assert_same_outputs(session(*arguments), module(*arguments), 1e-5)
 
 
+@pytest.mark.slow
+def test_onnx_of_relational_attention() -> None:
+    module = Relational()
+    session = onnx_session(module, relational_features(2), ("q", "k", "v"))
+    for count in (1, 2, 5):
+        features = tuple(t.cpu() for t in relational_features(count, seed=count))
+        with dt.backend("eager"):
+            assert_same_outputs(session(*features), module(*features), 1e-5)
+
+
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------
 
 
@@ -589,6 +651,15 @@ def test_ops_wait_for_nothing(backend: str, profile: str) -> None:
     x, regions = (t.requires_grad_() for t in op_arguments(2))
     with HostTraffic() as traffic, dt.backend(backend):
         sum(t.sum() for t in Ops(profile)(x, regions)).backward()
+    assert traffic.seen == []
+
+
+@pytest.mark.parametrize("backend", backends("eager", "reference"))
+def test_relational_attention_waits_for_nothing(backend: str) -> None:
+    values, grad_output = op_inputs(op_case("relational_attention", "gaussian"))
+    function = op_case("relational_attention", "gaussian").function(dt.ops)
+    with HostTraffic() as traffic, dt.backend(backend):
+        function(**values).backward(grad_output)
     assert traffic.seen == []
 
 
@@ -709,7 +780,7 @@ def digest(backend: str) -> str:
     summary = hashlib.sha256()
     with dt.backend(backend):
         results = [run(make(variant).to(DEVICE), frames(1, 2)) for variant in ("default", "pooled")]
-        results += [run_op(op_case(op, "gaussian")) for op in REGION_OPS]
+        results += [run_op(op_case(op, "gaussian")) for op in OPS]
     for result in results:
         for name, t in result.items():
             assert t is not None, name
@@ -765,7 +836,7 @@ def test_two_backends_in_two_threads(one: str, other: str) -> None:
     parameters = list(layer.parameters())
 
     def everything() -> list[Tensor]:
-        results = [t for op in REGION_OPS for t in run_op(op_case(op)).values() if t is not None]
+        results = [t for op in OPS for t in run_op(op_case(op)).values() if t is not None]
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         return [*results, y.detach(), *torch.autograd.grad(y, [leaf, *parameters], cotangent(y))]
@@ -813,6 +884,17 @@ def test_shapes_on_meta(variant: str) -> None:
     assert regions.shape == (2, 3, 4, *(SIZE if variant == "semantic" else (4,)))
     y.sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_shapes_of_relational_attention_on_meta(backend: str) -> None:
+    case = op_case("relational_attention", "gaussian")
+    values = {name: t.detach().to("meta").requires_grad_() for name, t in op_inputs(case)[0].items()}
+    with dt.backend(backend):
+        y = case.function(dt.ops)(**values)
+    assert y.shape == case.out_shape()
+    y.sum().backward()
+    assert all(t.grad is not None and t.grad.shape == t.shape for t in values.values())
 
 
 @on_backends

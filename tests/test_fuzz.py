@@ -286,6 +286,79 @@ def test_region_ops_on_triton(op: str) -> None:
     fuzz()
 
 
+RELATIONAL_FORMS = {
+    "q": "blcthw", "k": "bcthw", "v": "bethw", "h1": "cdijk", "p1": "cd", "h2": "dijk", "g": "fijk", "identity": "ef",
+}  # fmt: skip
+NEAR_EPS = st.sampled_from([None, 1e-6, 1e-2, 1, 30.0, *NUMBERS])
+
+
+@st.composite
+def relational_op_calls(draw: st.DrawFn, most: int = 2) -> dict[str, Any]:
+    """Any kernel and context; up to `most` arguments are garbage, and now and then a size disagrees."""
+    sizes = {letter: draw(st.integers(1, 3)) for letter in "blcdefthwijk"}
+    sizes["b"] = draw(st.integers(0, 2))
+    dtypes = [draw(st.sampled_from(FLOATS))]
+    names = {"q", "v", "h2"} | draw(st.sampled_from([{"p1"}, {"k", "h1"}, {"k", "h1", "p1"}]))
+    names |= draw(st.sampled_from([set(), {"g"}, {"g", "identity"}]))
+    good: dict[str, Any] = {"k": None, "eps": st.sampled_from([None, 0.1, 1, 1e-3])}
+    near: dict[str, Any] = {"eps": NEAR_EPS}
+    for name, form in RELATIONAL_FORMS.items():
+        shape = tuple(sizes[letter] for letter in form)
+        if name in names:
+            good[name] = good_tensors(*shape, dtypes=dtypes)
+        axis = draw(st.integers(0, len(shape) - 1))
+        other = (*shape[:axis], draw(st.integers(0, 3)), *shape[axis + 1 :])
+        near[name] = st.none() | tensors(*shape) | tensors(*other, dtypes=dtypes)
+    return draw(spoiled(good, near, most))
+
+
+def check_relational_result(y: Any, call: Mapping[str, Any]) -> None:
+    """As `check_op_result`, and in the memory order that the op promises."""
+    q, v, g = call["q"], call["v"], call.get("g")
+    assert isinstance(y, Tensor)
+    assert tuple(y.shape) == (*q.shape[:2], v.shape[1] if g is None else g.shape[0], *q.shape[3:])
+    assert (y.dtype, y.device) == (q.dtype, q.device)
+    tensors = {name: t.detach() for name, t in call.items() if isinstance(t, Tensor)}
+    if y.device.type != "meta" and all((t.abs() < 99).all() for t in tensors.values()):
+        exact = dt.reference.relational_attention(**(call | {name: t.double() for name, t in tensors.items()}))
+        if y.isfinite().all():  # float16 may overflow
+            scale = exact.abs().max().item() if exact.numel() else 0.0
+            torch.testing.assert_close(y.detach().double(), exact, rtol=3e-2, atol=3e-2 * scale)
+        else:
+            assert y.dtype == torch.float16
+    wanted = [t for t in call.values() if isinstance(t, Tensor) and t.requires_grad]
+    assert y.requires_grad == bool(wanted)
+    if wanted:
+        for t, grad in zip(wanted, torch.autograd.grad(y.sum(), wanted), strict=True):
+            assert (grad.shape, grad.dtype) == (t.shape, t.dtype)
+
+
+@pytest.mark.parametrize("module", [dt.ops, dt.reference], ids=["ops", "reference"])
+def test_relational_attention(module: types.ModuleType) -> None:
+    @settings(300)
+    @given(call=relational_op_calls(), backend=st.sampled_from(["auto", "eager", "reference"]))
+    def fuzz(call: dict[str, Any], backend: str) -> None:
+        with dt.backend(backend):
+            y = attempt("relational_attention", module.relational_attention, call)
+        if y is not REFUSED:
+            check_relational_result(y, call)
+
+    fuzz()
+
+
+@pytest.mark.kernels
+def test_relational_attention_on_triton() -> None:
+    @settings(300)
+    @given(call=relational_op_calls(most=1))
+    def fuzz(call: dict[str, Any]) -> None:
+        with dt.backend("triton"):
+            y = attempt("relational_attention", dt.ops.relational_attention, call)
+        if y is not REFUSED:
+            check_relational_result(y, call)
+
+    fuzz()
+
+
 @pytest.mark.parametrize("module", [dt.ops, dt.reference], ids=["ops", "reference"])
 @pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-30, 1e30, 1e39, 1e300, 10**30, 10**400])
 def test_any_temperature(temperature: float, module: types.ModuleType) -> None:
@@ -859,6 +932,14 @@ def test_strategies_region_calls(call: dict[str, Any], data: st.DataObject) -> N
         assert small_call(data.draw(made))
 
 
+@settings(50)
+@given(call=spoiled({"dtypes": TYPES.filter(bool)}), data=st.data())
+def test_strategies_relational_calls(call: dict[str, Any], data: st.DataObject) -> None:
+    made = attempt("relational_calls", strategies.relational_calls, call)
+    if made is not REFUSED:
+        assert small_call(data.draw(made))
+
+
 # --- one argument at a time -----------------------------------------------------------------------------------------
 
 ONES = torch.ones(2, 3)
@@ -877,6 +958,17 @@ SURFACE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         dt.reference.region_kernel,
         {"regions": torch.ones(2, 4), "size": (4, 5), "profile": "log-linear", "temperature": 1.0},
     ),
+    **{
+        f"{name}relational_attention": (
+            module.relational_attention,
+            {
+                "q": torch.ones(1, 2, 3, 2, 1, 2), "k": torch.ones(1, 3, 2, 1, 2), "v": torch.ones(1, 2, 2, 1, 2),
+                "h1": torch.ones(3, 2, 1, 2, 3), "p1": torch.ones(3, 2), "h2": torch.ones(2, 1, 2, 3),
+                "g": torch.ones(4, 1, 2, 3), "identity": torch.ones(2, 4), "eps": 1e-6,
+            },
+        )
+        for name, module in (("", dt.ops), ("reference.", dt.reference))
+    },
     "DyReG": (
         dt.layers.DyReG,
         {
@@ -942,6 +1034,10 @@ SURFACE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda **spec: testing.Call({"x": testing.TensorSpec(**spec)}).inputs("cpu"),
         {"shape": (2, 3), "dtype": torch.float32, "layout": "contiguous", "seed": 0},
     ),
+    "RelationalSpec": (
+        lambda **spec: testing.Call({"x": testing.RelationalSpec(**spec)}).inputs("cpu"),
+        {"shape": (1, 2, 3, 1, 2), "dtype": torch.float32, "layout": "sliced", "seed": 0, "scale": 0.5, "zeros": True},
+    ),
     "Call": (
         lambda **call: testing.check_call(right, right, testing.Call(**call)),
         {
@@ -978,6 +1074,10 @@ SURFACE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "region_calls": (
         lambda **call: strategies.region_calls(**call).validate(),
         {"op": "region_pool", "dtypes": (torch.float32,)},
+    ),
+    "relational_calls": (
+        lambda **call: strategies.relational_calls(**call).validate(),
+        {"dtypes": (torch.float32,)},
     ),
 }  # fmt: skip
 

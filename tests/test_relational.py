@@ -52,8 +52,15 @@ def leaf(t: Tensor) -> Tensor:
     return t.detach().clone().requires_grad_()
 
 
+def some(*values: Any, few: int) -> list[Any]:
+    """All of `values`, or where kernels are interpreted the first `few`: each program takes milliseconds there."""
+    return list(values[:few] if INTERPRETED else values)
+
+
 def check(case: RelationalCase, backend: str, **options: Any) -> None:
     """Output and every gradient against the float64 reference, in poisoned memory; the second run gives the same."""
+    if INTERPRETED and backend == "triton" and case.dtype == torch.bfloat16:
+        options.setdefault("tolerance", 3e-2)  # the interpreter rounds towards zero, and that adds up
 
     def op(**arguments: Any) -> Tensor:
         y = dt.ops.relational_attention(**arguments)
@@ -98,7 +105,7 @@ def reference_results(case: RelationalCase) -> dict[str, Tensor | None]:
 def hypothesis_test(dtypes: tuple[torch.dtype, ...], examples: int) -> Callable[..., None]:
     """A test over random cases: 300 over the dtypes of a GPU. `backend` comes from the caller's mark."""
 
-    @settings(examples)
+    @settings(examples // 4 if INTERPRETED else examples)
     @given(case=relational_cases(dtypes=dtypes))
     @example(case=RelationalCase(kernel_size=(2, 3, 3), queries=3, eps=1e-2, zeros=True, dtype=dtypes[0], seed=5))
     def test(backend: str, case: RelationalCase) -> None:
@@ -112,7 +119,7 @@ test_halves = on_backends(hypothesis_test(HALVES, 100))
 test_float64 = pytest.mark.parametrize("backend", backends(dtype=torch.float64))(hypothesis_test((torch.float64,), 40))
 
 
-@pytest.mark.parametrize("eps", [None, 1e-6])
+@pytest.mark.parametrize("eps", some(1e-6, None, few=1))
 @on_contexts
 @on_kernels
 @on_backends
@@ -126,14 +133,15 @@ def test_dtypes(eps: float | None, backend: str, dtype: torch.dtype) -> None:
     check(RelationalCase(kernel_size=(3, 3, 3), channels=16, mixed=17, eps=eps, dtype=dtype, seed=4), backend)
 
 
-@pytest.mark.parametrize("which", ["features", "weights", "gradient"])
+@pytest.mark.parametrize("which", some("all", "features", "weights", "gradient", few=1))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @on_backends
 def test_every_layout(backend: str, layout: str, which: str) -> None:
-    chosen = {"features": NAMES[:3], "weights": NAMES[3:], "gradient": ()}[which]
+    chosen = {"all": NAMES, "features": NAMES[:3], "weights": NAMES[3:], "gradient": ()}[which]
     layouts = dict.fromkeys(chosen, layout)
-    case = RelationalCase(clip=(2, 3, 2), batch=2, layouts=layouts, eps=1e-2 if which == "features" else None, seed=5)
-    check(dataclasses.replace(case, grad_layout=layout if which == "gradient" else "contiguous"), backend)
+    clip = (1, 2, 3) if INTERPRETED else (2, 3, 4)
+    case = RelationalCase(clip=clip, batch=2, layouts=layouts, eps=1e-2 if which == "features" else None, seed=5)
+    check(dataclasses.replace(case, grad_layout=layout if which in ("all", "gradient") else "contiguous"), backend)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ def test_every_layout(backend: str, layout: str, which: str) -> None:
         ((1, 2, 1), (2, 4, 2)),
         ((1, 1, 4), (1, 2, 5)),
         ((2, 4, 2), (3, 3, 3)),
-        ((5, 7, 7), (2, 3, 3)),
+        ((5, 7, 7), (2, 1, 2)),
         ((3, 5, 7), (1, 1, 2)),
         ((1, 9, 8), (1, 3, 1)),
     ],
@@ -162,7 +170,7 @@ def test_windows(backend: str, kernel_size: tuple[int, int, int], clip: tuple[in
 @pytest.mark.parametrize("clip", [(1, 1, 1), (1, 1, 5), (1, 5, 1), (5, 1, 1), (2, 7, 1), (1, 3, 11)], ids=str)
 @on_backends
 def test_clips(backend: str, clip: tuple[int, int, int]) -> None:
-    check(RelationalCase(kernel_size=(3, 3, 3), clip=clip, batch=2, seed=7), backend)
+    check(RelationalCase(kernel_size=(3, 3, 3), clip=clip, batch=1 if INTERPRETED else 2, seed=7), backend)
 
 
 CHANNELS = [(4, 5, 8, 16), (17, 4, 5, 8), (16, 17, 24, 4), (24, 16, 4, 17), (1, 1, 1, 1), (2, 3, 1, 2)]
@@ -247,7 +255,7 @@ def literal(
     return torch.stack(y).view(batch, *clip, queries, -1).permute(0, 4, 5, 1, 2, 3)
 
 
-@pytest.mark.parametrize(("kernel_size", "clip"), [((1, 3, 3), (1, 3, 2)), ((2, 2, 4), (2, 2, 3))], ids=str)
+@pytest.mark.parametrize(("kernel_size", "clip"), some(((1, 2, 3), (1, 3, 2)), ((2, 2, 4), (2, 2, 3)), few=1), ids=str)
 @on_contexts
 @on_kernels
 @on_backends
@@ -322,8 +330,13 @@ def reordered(q: Tensor, k: Tensor, v: Tensor, h2: Tensor, h1: Tensor, p1: Tenso
     return torch.einsum("blethw,ef->blfthw", z, identity) + torch.einsum("blmthw,fm->blfthw", s, g.flatten(1))
 
 
-@on_contexts
-@on_kernels
+@pytest.mark.parametrize(
+    ("kernel", "context"),
+    [
+        *[("V+R", "V+R"), ("V published", "R"), ("R", "V")],
+        *([] if INTERPRETED else itertools.product(RELATIONAL_KERNELS, RELATIONAL_CONTEXTS)),
+    ],
+)
 @on_backends
 def test_vanilla_and_decomposed_agree(backend: str, kernel: str, context: str) -> None:
     """Outputs, and gradients of the tensors that both have."""
@@ -453,7 +466,8 @@ def test_queries_do_not_see_each_other(backend: str, eps: float | None) -> None:
 @on_backends
 def test_clips_of_a_batch_do_not_see_each_other(backend: str) -> None:
     """Nor in the gradients; those of the weights add up."""
-    case = RelationalCase(kernel_size=(3, 3, 3), clip=(2, 2, 3), batch=3, eps=1e-2, seed=21)
+    clip = (1, 2, 2) if INTERPRETED else (2, 2, 3)
+    case = RelationalCase(kernel_size=(3, 3, 3), clip=clip, batch=3, eps=1e-2, seed=21)
     values, grad_output = inputs(case)
     whole = results(case, backend)
     sums: dict[str, Tensor] = {}
@@ -469,11 +483,11 @@ def test_clips_of_a_batch_do_not_see_each_other(backend: str) -> None:
     assert_all_close({name: whole[name] for name in sums}, sums)
 
 
-@pytest.mark.parametrize("kernel_size", [(5, 7, 9), (4, 6, 8), (3, 8, 3)], ids=str)
+@pytest.mark.parametrize("kernel_size", some((2, 3, 4), (5, 7, 9), (4, 6, 8), (3, 8, 3), few=1), ids=str)
 @on_backends
 def test_window_larger_than_the_clip_is_cropped(backend: str, kernel_size: tuple[int, int, int]) -> None:
     """Taps that reach no position from any other change nothing and get no gradient."""
-    clip = (2, 2, 2)
+    clip = (1, 1, 2) if INTERPRETED else (2, 2, 2)
     case = RelationalCase(kernel_size=kernel_size, clip=clip, eps=1e-2, seed=22)
     whole = results(case, backend)
     values, _ = inputs(case)
@@ -495,7 +509,7 @@ def test_window_larger_than_the_clip_is_cropped(backend: str, kernel_size: tuple
 def test_even_window_is_an_odd_one_without_its_last_tap(backend: str, axis: int) -> None:
     size = [3, 3, 3]
     size[axis] = 2
-    case = RelationalCase(kernel_size=(size[0], size[1], size[2]), clip=(3, 2, 3), eps=1e-2, seed=23)
+    case = RelationalCase(kernel_size=(size[0], size[1], size[2]), clip=(2, 2, 2), eps=1e-2, seed=23)
     even = results(case, backend)
     values, _ = inputs(case)
     margin = [0] * 6
@@ -510,8 +524,8 @@ def test_even_window_is_an_odd_one_without_its_last_tap(backend: str, axis: int)
 # --- normalisation inside -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-3])
-@pytest.mark.parametrize("eps", [1e-6, 1e-2, 1, 30.0])
+@pytest.mark.parametrize("scale", some(1e-3, 1.0, few=1))
+@pytest.mark.parametrize("eps", some(1e-6, 1e-2, 1, 30.0, few=1))
 @on_kernels
 @on_backends
 def test_eps_normalises_as_by_hand(backend: str, kernel: str, eps: float, scale: float) -> None:
@@ -554,7 +568,8 @@ def test_norms_are_taken_in_float32(backend: str, dtype: torch.dtype) -> None:
     wide = {name: leaf(t.double()) for name, t in values.items()}
     with dt.backend(backend):
         y = case.function(dt.ops)(**values)
-    assert_close(y, case.function(dt.reference)(**wide))
+    rounding = 3e-2 if INTERPRETED and backend == "triton" and dtype == torch.bfloat16 else 1e-2  # see check
+    assert_close(y, case.function(dt.reference)(**wide), tolerance=rounding)
 
 
 @pytest.mark.parametrize("eps", [1, 2, torch.finfo(torch.float32).eps])
@@ -608,7 +623,7 @@ def test_both_orders(queries: int, channels: int, kernel: str, context: str, dty
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("kernel_size", [(1, 1, 1), (2, 2, 4), (5, 7, 7)], ids=str)
+@pytest.mark.parametrize("kernel_size", some((1, 1, 1), (2, 2, 4), (5, 7, 7), few=2), ids=str)
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_windows_in_both_orders(order: str, kernel_size: tuple[int, int, int]) -> None:
     with forced(order):
@@ -674,7 +689,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 @on_backends
 def test_layouts_that_come_of_use(backend: str, change: str) -> None:
     """Of features and of the incoming gradient, none of which is written."""
-    case = RelationalCase(clip=(2, 2, 4), batch=2, eps=1e-2, seed=30)
+    case = RelationalCase(clip=(1, 2, 2) if INTERPRETED else (2, 2, 4), batch=2, eps=1e-2, seed=30)
     values, grad_output = inputs(case)
     given = {name: CHANGES[change](t) if name in "qkv" else t for name, t in values.items()}
     grad_output = CHANGES[change](grad_output)
@@ -750,11 +765,13 @@ def test_no_graph_under_no_grad(backend: str) -> None:
             assert_close(y, with_graph.double())
 
 
-@pytest.mark.parametrize("sizes", [{"queries": 1, "channels": 16, "value_channels": 16}, {"queries": 8}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", some({"queries": 1, "channels": 16, "value_channels": 16}, {"queries": 8}, few=1), ids=str
+)
 @on_backends
 def test_backward_twice_and_bit_identical(backend: str, sizes: dict[str, int]) -> None:
     """The same bits from run to run, and from one graph used twice; positions for several programs."""
-    clip = (2, 5, 6) if INTERPRETED else (4, 17, 18)
+    clip = (2, 4, 5) if INTERPRETED else (4, 17, 18)
     case = RelationalCase(clip=clip, eps=1e-2, seed=33, **sizes)
     values, grad_output = inputs(case)
     runs = [results(case, backend) for _ in range(2 if INTERPRETED else 4)]
@@ -1032,9 +1049,9 @@ def test_agrees_with_reference_in_its_own_dtype(backend: str) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        RelationalCase(clip=(1, 2, 2), eps=1e-6),
-        RelationalCase("V published", "V", (1, 1, 1), (1, 2, 2), dtype=torch.bfloat16),
-        RelationalCase("R", "R", (1, 1, 2), (1, 2, 2), layouts={"q": "channels_last_3d", "h1": "expanded"}),
+        RelationalCase(kernel_size=(1, 1, 3), clip=(1, 1, 2), eps=1e-6),
+        RelationalCase("V published", "V", (1, 1, 1), (1, 1, 2), dtype=torch.bfloat16),
+        RelationalCase("R", "R", (1, 1, 2), (1, 1, 2), layouts={"q": "channels_last_3d", "h1": "expanded"}),
     ],
     ids=["both", "basic", "relational"],
 )

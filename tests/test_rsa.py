@@ -37,6 +37,12 @@ def make(in_channels: int = 6, out_channels: int = 8, **options: Any) -> nn.Modu
     return layer
 
 
+def tiny(device: torch.device, **options: Any) -> tuple[nn.Module, Tensor]:
+    """A layer and a clip for what is slow: interpreted kernels, compilers."""
+    layer = make(2, 4, **{"kernel_size": (1, 3, 3), **options})
+    return layer.to(device), clips(1, 2, 2, 3, 4, device=device)
+
+
 def clips(*shape: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape or (2, 6, 3, 4, 5), dtype=dtype).to(device)
 
@@ -310,6 +316,14 @@ def test_published_defaults() -> None:
         "projection.weight": (32, 4, 1, 1, 1),
         "H2.weight": (16, 1, 3, 7, 7),
     }
+    for sizes, derived in (
+        ({}, (4, 4, 4)),
+        ({"dk": 5}, (5, 4, 5)),
+        ({"dv": 3}, (3, 3, 3)),
+        ({"dk": 5, "dd": 2}, (5, 4, 2)),
+    ):
+        module = dt.compat.build("ops.rsa.RSA", d_in=6, d_out=8, nh=2, kernel_type="R", **{"dk": 0, **sizes})
+        assert (module.key_channels, module.value_channels, module.latent_channels) == derived
 
 
 def test_published_output_shrinks() -> None:
@@ -352,8 +366,8 @@ def test_arguments_of_the_published_module(config: dict, parts: tuple[str, ...])
 
 @on_backends
 def test_clips_are_apart(backend: str, device: torch.device) -> None:
-    layer = make().to(device)
-    x = clips(device=device)
+    layer, _ = tiny(device)
+    x = clips(2, 2, 2, 3, 4, device=device)
     with dt.backend(backend):
         assert_close(layer(x)[1:], layer(x[1:]).double(), tolerance=1e-5)
 
@@ -372,8 +386,7 @@ def test_empty_batch_leaves_zero_gradients(stride: int, device: torch.device) ->
 
 @on_backends
 def test_layouts_of_the_input(backend: str, device: torch.device) -> None:
-    layer = make().to(device)
-    x = clips(device=device)
+    layer, x = tiny(device)
     views = [
         x.contiguous(memory_format=torch.channels_last_3d),
         x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -392,8 +405,8 @@ def test_layouts_of_the_input(backend: str, device: torch.device) -> None:
 @on_backends
 def test_autocast(backend: str, device: torch.device) -> None:
     """The projection and the op run in its dtype; every gradient has its parameter's."""
-    layer = make(stride=(1, 2, 2)).to(device)
-    x = clips(device=device).requires_grad_()
+    layer, x = tiny(device, stride=(1, 2, 2))
+    x.requires_grad_()
     with dt.backend(backend):
         plain = layer(x)
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -435,8 +448,7 @@ def test_copies_compute_the_same(copied: Callable[[nn.Module], nn.Module], build
 @on_backends
 def test_compiles_without_graph_breaks(backend: str, device: torch.device) -> None:
     torch._dynamo.reset()
-    layer = make(2, 4, stride=(1, 2, 2), kernel_size=(1, 3, 3)).to(device)
-    x = clips(1, 2, 2, 3, 4, device=device)
+    layer, x = tiny(device, stride=(1, 2, 2))
     with dt.backend(backend):
         expected = run(layer, x)
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -456,8 +468,7 @@ def test_exports_with_any_batch() -> None:
 
 @on_backends
 def test_checkpointed_gradients_are_the_same(backend: str, device: torch.device) -> None:
-    layer = make(2, 4, kernel_size=(1, 3, 3)).to(device)
-    x = clips(1, 2, 2, 3, 4, device=device)
+    layer, x = tiny(device)
     with dt.backend(backend):
         expected = run(layer, x)
         actual = run(layer, x, call=lambda x: checkpoint(layer, x, use_reentrant=False))

@@ -88,9 +88,9 @@ def relational_attention(
 # --- the Triton path: launches ------------------------------------------------------------------------------
 
 
-def _pad(n: int) -> int:
-    """The least power of two that matrix products take and that holds n."""
-    return max(16, 1 << (n - 1).bit_length())
+def _pad(n: int, least: int = 16) -> int:
+    """The least power of two that holds n; products contract over sixteen or more."""
+    return max(least, 1 << (n - 1).bit_length())
 
 
 class _Problem(NamedTuple):
@@ -108,7 +108,7 @@ class _Problem(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int, int]:
-        return tuple(self.q.shape[-3:])  # type: ignore[return-value]
+        return self.q.shape[-3], self.q.shape[-2], self.q.shape[-1]
 
     @property
     def channels(self) -> tuple[int, int, int, int]:
@@ -117,23 +117,29 @@ class _Problem(NamedTuple):
         return self.q.shape[2], self.h2.shape[0], values, values if self.g is None else self.g.shape[0]
 
     @property
+    def window(self) -> tuple[int, int, int]:
+        return self.h2.shape[1], self.h2.shape[2], self.h2.shape[3]
+
+    @property
     def taps(self) -> int:
-        return math.prod(self.h2.shape[1:])
+        return math.prod(self.window)
 
     def config(self, kind: str) -> tuning.RelationalConfig:
         clips, queries = self.q.shape[:2]
-        positions = math.prod(self.size)
-        return tuning.relational(kind, clips, positions, queries, self.channels, self.taps, self.q.element_size())
+        return tuning.relational(
+            kind, clips, self.size, queries, self.channels, self.window, self.q.element_size()
+        )
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Compile-time arguments by name."""
         c, d, e, f = self.channels
         every = {
             "M": self.taps, "L": self.q.shape[1], "C": c, "D": d, "E": e, "F": f,
-            "C_PAD": _pad(c), "D_PAD": _pad(d), "E_PAD": _pad(e), "F_PAD": _pad(f), "M_PAD": -(-self.taps // 64) * 64,
+            "C_PAD": _pad(c, 8), "D_PAD": _pad(d), "E_PAD": _pad(e, 8), "E_WIDE": _pad(e), "F_PAD": _pad(f),
+            "M_PAD": -(-self.taps // 32) * 32,
             "HAS_H1": self.h1 is not None, "HAS_P1": self.p1 is not None, "HAS_G": self.g is not None,
             "HAS_IDENTITY": self.identity is not None, "NORMED": self.eps is not None,
-            "WINDOW": tuple(self.h2.shape[1:]),
+            "WINDOW": self.window,
         }  # fmt: skip
         chosen = {name: every[name] for name in names}
         return {**chosen, "ACC": accumulator(self.q.dtype)}
@@ -174,8 +180,8 @@ def _pack(problem: _Problem) -> _Packed:
         return q.new_empty(shape if given is not None else 0)
 
     packed = _Packed(
-        empty(k, positions, c), empty(v, positions, e), empty(h1, c, m, d), empty(p1, c, d), empty(h2, m, d),
-        empty(g, m, f), empty(identity, e, f),
+        empty(k, positions, c), empty(v, positions, e), empty(h1, c, m, d), empty(p1, max(c, 16), d), empty(h2, m, d),
+        empty(g, m, f), empty(identity, max(e, 16), f),
     )  # fmt: skip
     flat = [None if t is None else t.flatten(-3) for t in (h1, h2, g)]
 
@@ -198,17 +204,25 @@ def _pack(problem: _Problem) -> _Packed:
 
 
 _EVERY = (
-    "L", "C", "D", "E", "F", "C_PAD", "D_PAD", "E_PAD", "F_PAD", "M_PAD", "HAS_H1", "HAS_P1", "HAS_G", "HAS_IDENTITY",
-    "NORMED", "WINDOW",
+    "L", "C", "D", "E", "F", "C_PAD", "D_PAD", "E_PAD", "F_PAD", "M_PAD", "E_WIDE", "HAS_H1", "HAS_P1", "HAS_G",
+    "HAS_IDENTITY", "NORMED", "WINDOW",
 )  # fmt: skip
+
+
+def _block(config: tuning.RelationalConfig, problem: _Problem, name: str) -> Any:
+    """A block size; of channels no more than there are."""
+    c, d, e, _ = problem.channels
+    most = {"BLOCK_C": _pad(c, 8), "BLOCK_D": _pad(d), "BLOCK_E": _pad(e, 8)}
+    field = "block_c" if name == "BLOCK_E" else name.lower()
+    return min(getattr(config, field), most.get(name, 128))
 
 
 def _blocks(config: tuning.RelationalConfig, problem: _Problem, queries: int, *names: str) -> dict[str, Any]:
     """Launch options and blocks; `queries` is the fewest that the kernel's products take."""
     block_l = max(queries, 1 << (problem.q.shape[1] - 1).bit_length())
     return {
-        **{name: getattr(config, name.lower()) for name in names or ("BLOCK_P", "BLOCK_M", "BLOCK_C")},
-        "BLOCK_L": block_l, "PRECISION": precision(problem.q.dtype),
+        **{name: _block(config, problem, name) for name in names},
+        "BLOCK_L": block_l, "PRECISION": "tf32x3" if precision(problem.q.dtype)=="ieee" else "tf32",
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 
@@ -229,7 +243,7 @@ def _forward(problem: _Problem, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         relational_forward, _programs(problem, config.block_p), q,
         q, *packed, a_rows, z_rows, y, eps or 0.0, problem.size, q_layout.strides, y_layout.strides,
         Q_FORM=q_layout.form, Y_FORM=y_layout.form, SAVE=save, ORDER=config.order,
-        **problem.constants(*_EVERY), **_blocks(config, problem, 8),
+        **problem.constants(*_EVERY), **_blocks(config, problem, 8, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_E"),
     )  # fmt: skip
     return y, a_rows, z_rows
 
@@ -237,10 +251,9 @@ def _forward(problem: _Problem, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _empty_gradients(problem: _Problem, needs: list[bool]) -> list[Tensor]:
     """Where the gradients go, in the order of the arguments; empty tensors for those not needed."""
     q = problem.q
-    return [
-        torch.empty_like(t) if need and t is not None else q.new_empty(0)
-        for t, need in zip(problem[:8], needs, strict=True)
-    ]
+    clips = [torch.empty_like(t) if need and t is not None else q.new_empty(0) for t, need in zip(problem[:3], needs)]
+    weights = [q.new_empty(t.shape if need and t is not None else 0) for t, need in zip(problem[3:8], needs[3:])]
+    return clips + weights
 
 
 def _backward(problem: _Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor, needs: list[bool]) -> list[Tensor]:
@@ -261,7 +274,7 @@ def _backward(problem: _Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor, nee
         dy, q, a_rows, *packed, dz_rows, da_rows, scales, dq, problem.eps or 0.0, problem.size,
         dy_layout.strides, q_layout.strides, dq_layout.strides,
         DY_FORM=dy_layout.form, Q_FORM=q_layout.form, DQ_FORM=dq_layout.form, NEED_Q=needs[0], ORDER=config.order,
-        **problem.constants(*_EVERY), **_blocks(config, problem, 8),
+        **problem.constants(*_EVERY), **_blocks(config, problem, 8, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_E"),
     )  # fmt: skip
     _keys_and_values(problem, packed, dy, a_rows, z_rows, da_rows, dz_rows, scales, gradients, needs)
     if needs[4] or needs[5]:
@@ -295,34 +308,34 @@ def _keys_and_values(
         return
     c, _, e, _ = problem.channels
     sizes = problem.constants("L", "C", "D", "E", "F", "C_PAD", "D_PAD", "E_PAD", "F_PAD", "M_PAD", "WINDOW", "NORMED")
-    width = sizes["WINDOW"][2]
     positions = q.shape[0] * math.prod(problem.size)
     q_layout, dy_layout = clip_layout(q), clip_layout(dy)
     dk_rows = q.new_empty((positions, c) if need_k else 0, dtype=wider(q.dtype))
     dv_rows = q.new_empty((positions, e) if need_v else 0, dtype=wider(q.dtype))
 
-    def fold(kernel: Any, kind: str, channels: int, latent: int, *args: Any, names: tuple[str, ...], **more: Any):
-        config = problem.config(kind)
-        taps = max(8, 1 << (width - 1).bit_length())
-        block_s = max(config.block_p, 2 * taps)
-        launch(
-            kernel, _programs(problem, block_s - width + 1) * (_pad(channels) // config.block_c), q, *args,
-            **{name: sizes[name] for name in (*names, "L", "M_PAD", "WINDOW", "ACC")}, **more,
-            BLOCK_S=block_s, BLOCK_D=min(_pad(latent), config.block_d), TAPS=taps,
-            **_blocks(config, problem, 16, "BLOCK_C"),
-        )  # fmt: skip
+    def tiles(config: tuning.RelationalConfig) -> int:
+        across, down = (-(-n // tile) for n, tile in zip(problem.size[1:], config.plane, strict=True))
+        return q.shape[0] * problem.size[0] * across * down
 
     if need_k:
-        fold(
-            relational_fold_keys, "fold_keys", c, problem.channels[1],
-            q, da_rows, scales, packed.h1, dk_rows, problem.size, q_layout.strides,
-            names=("C", "D", "C_PAD", "D_PAD", "NORMED"), Q_FORM=q_layout.form,
+        config = problem.config("fold_keys")
+        blocks = _blocks(config, problem, 16, "BLOCK_C", "BLOCK_D")
+        launch(
+            relational_fold_keys, tiles(config) * (sizes["C_PAD"] // blocks["BLOCK_C"]), q,
+            q, da_rows, scales, packed.h1, dk_rows, problem.size, q_layout.strides, Q_FORM=q_layout.form,
+            **{name: sizes[name] for name in ("L", "C", "D", "C_PAD", "D_PAD", "M_PAD", "NORMED", "WINDOW", "ACC")},
+            PLANE_H=config.plane[0], PLANE_W=config.plane[1], BLOCK_S=config.block_p,
+            TAPS=min(64, _pad(math.prod(problem.window[1:]), 8)), **blocks,
         )  # fmt: skip
     if need_v:
-        fold(
-            relational_fold_values, "fold_values", e, min(problem.channels[1], problem.channels[3]),
+        config = problem.config("fold_values")
+        launch(
+            relational_fold_values, tiles(config), q,
             a_rows, dz_rows, z_rows, dy, packed.h2, packed.g, dv_rows, problem.size, dy_layout.strides,
-            names=("D", "E", "F", "D_PAD", "E_PAD", "F_PAD"), DY_FORM=dy_layout.form, HAS_G=problem.g is not None,
+            DY_FORM=dy_layout.form, HAS_G=problem.g is not None,
+            **{name: sizes[name] for name in ("L", "D", "E", "F", "D_PAD", "E_PAD", "F_PAD", "WINDOW", "ACC")},
+            PLANE_H=config.plane[0], PLANE_W=config.plane[1], BLOCK_S=config.block_p, BLOCK_D=16,
+            **_blocks(config, problem, 8),
         )  # fmt: skip
     config = problem.config("pack")
     dk, dv = gradients[1] if need_k else v, gradients[2] if need_v else v
@@ -351,15 +364,17 @@ def _by_h1(
     sums_h1 = q.new_empty((config.splits, c, m, d) if has_h1 else 0, dtype=wider(q.dtype))
     sums_p1 = q.new_empty((config.splits, c, d) if has_p1 else 0, dtype=wider(q.dtype))
     q_layout = clip_layout(q)
+    blocks = _blocks(config, problem, 16, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_D")
+    by_taps = (m // config.block_m if has_h1 else 0) + has_p1
+    programs = config.splits * (c // blocks["BLOCK_C"]) * (d // blocks["BLOCK_D"]) * by_taps
     launch(
-        relational_by_h1, config.splits * (c // config.block_c) * (m // config.block_m if has_h1 else 1), q,
+        relational_by_h1, programs, q,
         q, da_rows, scales, packed.kn, sums_h1, sums_p1, q.shape[0], problem.size, q_layout.strides,
-        Q_FORM=q_layout.form, HAS_H1=has_h1, HAS_P1=has_p1, SPLITS=config.splits, **constants,
-        **_blocks(config, problem, 16),
+        Q_FORM=q_layout.form, HAS_H1=has_h1, HAS_P1=has_p1, SPLITS=config.splits, **constants, **blocks,
     )  # fmt: skip
     channels, latent, _, _ = problem.channels
     if has_h1:
-        by_h1 = sums_h1[:, :channels, : problem.taps, :latent].sum(0).mT.to(q.dtype).reshape(by_h1.shape)
+        by_h1 = sums_h1[:, :channels, : problem.taps, :latent].sum(0).mT.to(q.dtype).reshape(by_h1.shape).contiguous()
     if has_p1:
         by_p1 = sums_p1[:, :channels, :latent].sum(0).to(q.dtype)
     return by_h1, by_p1
@@ -373,9 +388,9 @@ def _by_h2(
 
     q, g, identity = problem.q, problem.g, problem.identity
     config = problem.config("by_h2")
-    constants = problem.constants("L", "D", "E", "F", "D_PAD", "E_PAD", "F_PAD", "M_PAD", "WINDOW", "HAS_G",
+    constants = problem.constants("L", "D", "E", "F", "D_PAD", "E_PAD", "E_WIDE", "F_PAD", "M_PAD", "WINDOW", "HAS_G",
                                   "HAS_IDENTITY")  # fmt: skip
-    d, e, f, m = (constants[name] for name in ("D_PAD", "E_PAD", "F_PAD", "M_PAD"))
+    d, e, f, m = (constants[name] for name in ("D_PAD", "E_WIDE", "F_PAD", "M_PAD"))
 
     def sums(given: object, *shape: int) -> Tensor:
         return q.new_empty((config.splits, *shape) if given is not None else 0, dtype=wider(q.dtype))
@@ -393,7 +408,7 @@ def _by_h2(
         if like is None:
             return sums
         summed = sums[:, : problem.taps, :features].sum(0)
-        return summed.mT.to(q.dtype).reshape(like.shape)
+        return summed.mT.to(q.dtype).reshape(like.shape).contiguous()
 
     _, latent, values, context = problem.channels
     if identity is not None:

@@ -30,17 +30,20 @@ def _power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class RelationalConfig:
-    """Block sizes of one launch of relational self-attention: positions, taps of the window, channels.
+    """Block sizes of one launch of relational self-attention: positions, taps of the window, channels, latent channels.
 
+    `block_m` divides 32, to which the taps are padded.
     `order` of evaluation: "first" by matrices per position, "second" by kernels and correlations per neighbour.
+    `plane`: rows and columns of the tile of positions whose keys' or values' gradient a program sums.
     `splits`: how many programs share the sum of a weight's gradient.
     """
 
-    block_p: int
+    block_p: int = 16
     block_m: int = 16
     block_c: int = 16
     block_d: int = 32
     order: str = "first"
+    plane: tuple[int, int] = (8, 8)
     splits: int = 1
     num_warps: int = 4
     num_stages: int = 2
@@ -96,22 +99,32 @@ RELATIONAL_LIMIT = {"L": 16, "C": 128, "D": 128, "E": 128, "F": 128}
 
 @lru_cache(maxsize=4096)
 def relational(
-    kind: str, clips: int, positions: int, queries: int, sizes: tuple[int, int, int, int], taps: int, itemsize: int
+    kind: str,
+    clips: int,
+    size: tuple[int, int, int],
+    queries: int,
+    channels: tuple[int, int, int, int],
+    window: tuple[int, int, int],
+    itemsize: int,
 ) -> RelationalConfig:
-    """Blocks for a kernel of relational self-attention; `sizes` are C, D, E, F.
+    """Blocks for a kernel of relational self-attention; `size` is T, H, W and `channels` C, D, E, F.
 
     The order of evaluation is the first where E <= 2 L: M E (D + F) multiplications per position against
     L M (D + 2 E + F).
     """
-    channels, latent, values, features = sizes
+    _, latent, values, features = channels
     order = "first" if values <= 2 * queries else "second"
     widest = max(_power_of_two(max(latent, values, features)), 16)
+    num_warps = 8 if widest >= 64 else 4
+    positions = size[0] * size[1] * size[2]
+    blocks = clips * -(-positions // 16)
     if kind in ("forward", "backward"):
-        return RelationalConfig(16, order=order, num_warps=8 if widest >= 64 else 4)
+        return RelationalConfig(order=order, num_warps=num_warps)
     if kind in ("fold_keys", "fold_values"):
-        return RelationalConfig(32, order=order, num_warps=8 if widest >= 64 else 4)
+        plane = (min(8, _power_of_two(size[1])), min(8, _power_of_two(size[2])))
+        return RelationalConfig(plane=plane, num_warps=num_warps)
     if kind == "by_h1":
-        return RelationalConfig(16, order=order, splits=8, num_warps=8 if widest >= 64 else 4)
+        return RelationalConfig(block_m=32 if widest >= 64 else 16, splits=min(8, blocks), num_warps=num_warps)
     if kind == "by_h2":
-        return RelationalConfig(16, order=order, splits=32, num_warps=8 if widest >= 64 else 4)
-    return RelationalConfig(32, 64, order=order)
+        return RelationalConfig(splits=min(32, blocks), num_warps=num_warps)
+    return RelationalConfig(block_p=32, block_m=32)
