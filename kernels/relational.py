@@ -99,7 +99,8 @@ def window(x, clip, n, m, c, SIZE: tl.constexpr, WINDOW: tl.constexpr, C_PAD: tl
     t = (n // (SIZE[1] * SIZE[2]))[:, None] + dt[None, :]
     h = (n // SIZE[2] % SIZE[1])[:, None] + dh[None, :]
     w = (n % SIZE[2])[:, None] + dw[None, :]
-    there = (t >= 0) & (t < SIZE[0]) & (h >= 0) & (h < SIZE[1]) & (w >= 0) & (w < SIZE[2])
+    # unsigned: a negative one is large
+    there = (t.to(tl.uint32) < SIZE[0]) & (h.to(tl.uint32) < SIZE[1]) & (w.to(tl.uint32) < SIZE[2])
     there = there & (m < WINDOW[0] * WINDOW[1] * WINDOW[2])[None, :]  # a weight of 0 would not stop a NaN
     cells = clip.to(tl.int64) * (SIZE[0] * SIZE[1] * SIZE[2]) + ((t * SIZE[1] + h) * SIZE[2] + w)
     there = there[:, :, None]

@@ -70,19 +70,12 @@ def span(first, LENGTH: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def picked(u, h, w, from_h, from_w, there, first, WINDOW: tl.constexpr):
-    """sum_n u[c, n, tap], the tap being what leads from n = (from_h, from_w) to p = (h, w): (channels, p).
-
-    u (channels, n, taps) holds the taps of a frame from `first` on.
-    """
+def leading(h, w, from_h, from_w, WINDOW: tl.constexpr):
+    """The tap within a frame that leads from n = (from_h, from_w) to p = (h, w), and whether there is one: (n, p)."""
     by_h = h[None, :] - from_h[:, None] + WINDOW[1] // 2
     by_w = w[None, :] - from_w[:, None] + WINDOW[2] // 2
-    tap = by_h * WINDOW[2] + by_w - first
-    there = there[:, None] & (by_h >= 0) & (by_h < WINDOW[1]) & (by_w >= 0) & (by_w < WINDOW[2])
-    there = there & (tap >= 0) & (tap < u.shape[2])
-    tap = tl.where(there, tap, 0)
-    pairs = tl.gather(u, tl.broadcast_to(tap[None, :, :], (u.shape[0], tap.shape[0], tap.shape[1])), 2)
-    return tl.sum(tl.where(there[None, :, :], pairs, 0.0), 1)
+    reach = (by_h.to(tl.uint32) < WINDOW[1]) & (by_w.to(tl.uint32) < WINDOW[2])  # a negative one is large
+    return by_h * WINDOW[2] + by_w, reach
 
 
 @triton.jit
@@ -106,14 +99,16 @@ def relational_fold_keys(
     from_top, rows = span(top, SIZE[1], PLANE_H, WINDOW[1])
     from_left, columns = span(left, SIZE[2], PLANE_W, WINDOW[2])
     query = tl.arange(0, BLOCK_L)
-    dk = tl.zeros((BLOCK_C, PLANE_H * PLANE_W), ACC)
+    pairs = tl.zeros((BLOCK_C, BLOCK_S, PLANE_H * PLANE_W), ACC)
     first_frame = tl.maximum(t + WINDOW[0] // 2 - SIZE[0] + 1, 0)
     for frame in range(first_frame, tl.minimum(t + WINDOW[0] // 2 + 1, WINDOW[0])):
         for block in range(0, rows * columns, BLOCK_S):
             source = block + tl.arange(0, BLOCK_S)
-            from_h, from_w = from_top + source // columns, from_left + source % columns
-            there = source < rows * columns
-            n = tl.where(there, ((t - frame + WINDOW[0] // 2) * SIZE[1] + from_h) * SIZE[2] + from_w, -1)
+            from_h = from_top + source // columns
+            from_w = from_left + source % columns
+            n = ((t - frame + WINDOW[0] // 2) * SIZE[1] + from_h) * SIZE[2] + from_w
+            n = tl.where(source < rows * columns, n, -1)  # loads are 0 there
+            tap, reach = leading(h, w, from_h, from_w, WINDOW)
             part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L)
             if NORMED:
                 part = part.to(ACC) * load_rows(scales, clip, n, tl.arange(0, 1), query, SIZE, 1, L)
@@ -126,10 +121,12 @@ def relational_fold_keys(
                     weights = tl.load(h1 + (c[:, None, None] * M_PAD + m[None, :, None]) * D_PAD + d[None, None, :])
                     u = dot(tl.permute(da1.to(OPERAND), (1, 0, 2)), tl.permute(weights, (0, 2, 1)), u, OPERAND,
                             PRECISION)  # fmt: skip
-                dk += picked(u, h, w, from_h, from_w, there, first, WINDOW)
+                here = reach & ((tap - first).to(tl.uint32) < TAPS)
+                place = tl.broadcast_to(tl.where(here, tap - first, 0)[None, :, :], pairs.shape)
+                pairs += tl.where(here[None, :, :], tl.gather(u, place, 2), 0.0)
     mine = (h < SIZE[1]) & (w < SIZE[2])
     cells = clip.to(tl.int64) * (SIZE[0] * SIZE[1] * SIZE[2]) + (t * SIZE[1] + h) * SIZE[2] + w
-    tl.store(dk_rows + (cells * C)[None, :] + c[:, None], dk, mask=mine[None, :] & (c < C)[:, None])
+    tl.store(dk_rows + (cells * C)[None, :] + c[:, None], tl.sum(pairs, 1), mask=mine[None, :] & (c < C)[:, None])
 
 
 @triton.jit
@@ -156,13 +153,12 @@ def relational_fold_values(
     for frame in range(first_frame, tl.minimum(t + WINDOW[0] // 2 + 1, WINDOW[0])):
         for block in range(0, rows * columns, BLOCK_S):
             source = block + tl.arange(0, BLOCK_S)
-            from_h, from_w = from_top + source // columns, from_left + source % columns
-            there = source < rows * columns
-            n = tl.where(there, ((t - frame + WINDOW[0] // 2) * SIZE[1] + from_h) * SIZE[2] + from_w, -1)
-            by_h = h[None, :] - from_h[:, None] + WINDOW[1] // 2
-            by_w = w[None, :] - from_w[:, None] + WINDOW[2] // 2
-            reach = there[:, None] & (by_h >= 0) & (by_h < WINDOW[1]) & (by_w >= 0) & (by_w < WINDOW[2])
-            tap = (frame * WINDOW[1] + by_h) * WINDOW[2] + by_w
+            from_h = from_top + source // columns
+            from_w = from_left + source % columns
+            n = ((t - frame + WINDOW[0] // 2) * SIZE[1] + from_h) * SIZE[2] + from_w
+            n = tl.where(source < rows * columns, n, -1)  # loads are 0 there
+            tap, reach = leading(h, w, from_h, from_w, WINDOW)
+            tap += frame * (WINDOW[1] * WINDOW[2])
             kernels = tl.zeros((BLOCK_S, BLOCK_P, BLOCK_L), ACC)
             for first in range(0, D_PAD, BLOCK_D):
                 d = first + tl.arange(0, BLOCK_D)

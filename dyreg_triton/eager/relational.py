@@ -24,7 +24,7 @@ from torch.nn.grad import conv3d_weight
 
 from ..autocast import full_precision
 
-_NUMBERS = 1 << 20  # that a step of the walk may work on at a time: 4 MiB of float32
+_NUMBERS = 1 << 20  # that a step of the walk may hold of queries or of context: 4 MiB of float32
 
 
 def _pieces(length: int, numbers: int) -> list[slice]:
@@ -113,9 +113,9 @@ class _Call:
     def walk(self) -> Iterator[tuple[int, slice, slice]]:
         """A clip, some of its frames, and the padded frames that their windows see."""
         clips, num_l, num_c, length, height, width = self.q.shape
-        widest = max(num_c, self.values.shape[1], self.num_d, self.taps.shape[0] - self.num_d)
+        held = 2 * num_l * (num_c + self.values.shape[1])  # q, a, z or y, and a gradient
         for clip in range(clips):
-            for frames in _pieces(length, num_l * widest * height * width):
+            for frames in _pieces(length, held * height * width):
                 yield clip, frames, slice(frames.start, frames.stop + self.kt - 1)
 
     def queries(self, clip: int, frames: slice) -> Tensor:
@@ -125,15 +125,15 @@ class _Call:
         """P1 + X^K * H1 (C, D, t, H, W), or what broadcasts to it; None for the identity."""
         if self.h1 is None:
             return self.p1
-        k_h1 = torch.cat(
-            [_correlated(x[None], taps) for x, taps in zip(self.keys[clip, :, seen], self.h1, strict=True)]
-        )
+        keys = self.keys[clip, :, seen].unsqueeze(1)
+        k_h1 = torch.cat([_correlated(x, taps) for x, taps in zip(keys, self.h1, strict=True)])
         return k_h1 if self.p1 is None else k_h1.add_(self.p1)
 
     def context(self, clip: int, seen: slice) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Some channels e of E, their H2^T X^V (e, D, t, H, W), and I + (X^V)^T G (e, F, t, H, W) or None."""
         values = self.values[clip, :, seen]
-        for channels in _pieces(values.shape[0], self.taps.shape[0] * values[0].numel()):
+        positions = (seen.stop - seen.start - self.kt + 1) * self.q.shape[4] * self.q.shape[5]
+        for channels in _pieces(values.shape[0], self.taps.shape[0] * positions):
             both = _correlated(values[channels], self.taps)
             basis, mixing = both[:, : self.num_d], both[:, self.num_d :]
             if self.identity is not None:
@@ -294,7 +294,7 @@ class _RelationalAttention(torch.autograd.Function):
         args, moving = (*ctx.saved_tensors, ctx.eps), [t is not None for t in tangents]
         with full_precision(args[0].device.type):
             function, primals = _whole_of(args, moving)
-            y, pull = torch.func.vjp(function, *primals)
+            y, pull = torch.func.vjp(function, *primals)[:2]
             push = torch.func.vjp(pull, torch.zeros_like(y))[1]  # the transpose of the transpose: levels cannot nest
             return push(tuple(t for t in tangents if t is not None))[0]
 
