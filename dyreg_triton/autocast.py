@@ -14,12 +14,17 @@ def autocast_is_on(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def lowered(features: Tensor) -> Tensor:
-    """`features` in autocast's dtype where it is on for their device, as a matrix product takes them."""
+def lowered_dtype(features: Tensor) -> torch.dtype:
+    """The dtype of `features`, or autocast's where it is on for their device, as a matrix product takes them."""
     kind = features.device.type
-    if features.dtype != torch.float64 and autocast_is_on(kind):
-        return features.to(torch.get_autocast_dtype(kind))
-    return features
+    if features.is_floating_point() and features.dtype != torch.float64 and autocast_is_on(kind):
+        return torch.get_autocast_dtype(kind)
+    return features.dtype
+
+
+def lowered(features: Tensor) -> Tensor:
+    """`features` in their `lowered_dtype`."""
+    return features.to(lowered_dtype(features))
 
 
 def full_precision(kind: str) -> AbstractContextManager:

@@ -116,22 +116,31 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as torch.get_float32_matmul_precision() says for torch's own products."""
-    if dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
+def _on_nvidia() -> bool:
+    """Whether launches compile for NVIDIA; the interpreter compiles for nobody."""
+    from triton.runtime import driver
+
+    from .kernels.common import interpreted
+
+    return not interpreted() and driver.active.get_current_target().backend == "cuda"
+
+
+def precision(dtype: torch.dtype, highest: str = "ieee") -> str:
+    """How float32 operands are multiplied: as torch.get_float32_matmul_precision() says for torch's own products.
+
+    `highest` is what that setting means on NVIDIA: "ieee", or "tf32x3" for float32's accuracy from tensor cores, by
+    three products of operands split in two.
+    """
+    if dtype != torch.float32 or torch.version.hip:
         return "ieee"
+    if torch.get_float32_matmul_precision() == "highest":
+        return highest if highest == "ieee" or _on_nvidia() else "ieee"
     return "tf32"
 
 
 def register_limit(registers: int | None) -> dict[str, int]:
     """A limit of registers per thread as a launch option, which only NVIDIA's compiler takes."""
-    from triton.runtime import driver
-
-    from .kernels.common import interpreted
-
-    if registers is None or interpreted() or driver.active.get_current_target().backend != "cuda":
-        return {}
-    return {"maxnreg": registers}
+    return {} if registers is None or not _on_nvidia() else {"maxnreg": registers}
 
 
 def launch(kernel: Any, programs: int, tensor: Tensor, *args: Any, **constants: Any) -> None:

@@ -25,6 +25,15 @@ def dot(a, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def operand(x, OPERAND: tl.constexpr):
+    """x in the type of a product's operands; as it is where interpreted, see `dot`."""
+    if INTERPRET:
+        return x
+    else:
+        return x.to(OPERAND)
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x >= 0, accurate to a few units in the last place also where x is small (Kahan's correction)."""
     u = 1 + x

@@ -1,13 +1,13 @@
 """Relational self-attention (RSA equations 5-12), per position n of a clip with its M neighbours n + m:
 
-    a_n = q_n A1,  z_n = a_n A2^T,  y_n = z_n A3        A1 = P1 + K*H1 (C, D),  A2 = V^T H2 (E, D),  A3 = I + V^T G (E, F)
+    a_n = q_n A1,  z_n = a_n A2^T,  y_n = z_n A3       A1 = P1 + K*H1 (C, D), A2 = V^T H2 (E, D), A3 = I + V^T G (E, F)
 
-and backwards dz = dy A3^T, da = dz A2, dq = da A1^T: the same two steps, run the other way. So the
-forward and the chain of the backward share their parts, and nothing of positions x C x D is ever written.
+and backwards dz = dy A3^T, da = dz A2, dq = da A1^T: the same two steps, run the other way. So the forward and the
+chain of the backward share their parts, and nothing of positions x C x D is ever written.
 
-Floor: operations. M C D for A1 per position, then in the first order of evaluation M E (D + F) for A2 and A3, and
-in the second, which goes by kernels kappa = a H2^T and correlations s = z V^T per neighbour and query, L M (D + 2 E + F).
-The first is the cheaper one where E <= 2 L. Bytes are few: q and y once, keys and values L times smaller.
+Floor: operations. Per position M C D for A1, then in the first order of evaluation M E (D + F) for A2 and A3, and in
+the second, by kernels kappa = a H2^T and correlations s = z V^T per neighbour and query, L M (D + 2 E + F): the first
+is the cheaper one where E <= 2 L. Bytes are few: q and y once, keys and values L times smaller.
 
 Tiling: a program owns BLOCK_P positions of a clip. `pack` has normalised keys and values and laid them out channels
 last, so that a neighbour is a run of 16-byte loads, and has padded the weights, so that the loops need no masks but
@@ -20,7 +20,7 @@ of every product, where tensor cores take eight. Weights are read once per progr
 import triton
 import triton.language as tl
 
-from .common import dot
+from .common import dot, operand
 
 # A clip's strides are a tuple (B, query, channel, T, H, W). FORM is how they are to be read, see `clip_layout`.
 
@@ -116,8 +116,8 @@ def taps(weights, m, d, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def pack_clip(x, packed, clip, n, eps, SIZE: tl.constexpr, STRIDES, FORM: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
-              NORMED: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def pack_clip(x, packed, clip, n, eps, SIZE: tl.constexpr, STRIDES, FORM: tl.constexpr, C: tl.constexpr,
+              C_PAD: tl.constexpr, NORMED: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """x, normalised over its channels, as (B, T*H*W, C_PAD)."""
     c = tl.arange(0, C_PAD)
     one = tl.arange(0, 1)
@@ -181,9 +181,10 @@ def relational_pack(
 
 
 @triton.jit
-def keys_by_h1(kn, h1, p1, clip, n, c, SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_H1: tl.constexpr, HAS_P1: tl.constexpr,
-               M_PAD: tl.constexpr, C_PAD: tl.constexpr, D_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def keys_by_h1(kn, h1, p1, clip, n, c, SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_H1: tl.constexpr,
+               HAS_P1: tl.constexpr, M_PAD: tl.constexpr, C_PAD: tl.constexpr, D_PAD: tl.constexpr,
+               BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
     """A1 = P1 + K*H1 for channels c: (BLOCK_C, BLOCK_P, D_PAD)."""
     d = tl.arange(0, D_PAD)
     a1 = tl.zeros((BLOCK_C, BLOCK_P, D_PAD), ACC)
@@ -201,8 +202,8 @@ def keys_by_h1(kn, h1, p1, clip, n, c, SIZE: tl.constexpr, WINDOW: tl.constexpr,
 @triton.jit
 def contract(x, y, total, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """total + x y for x (positions, i, j) and y (positions, j, queries)."""
-    x = x.to(OPERAND)
-    y = y.to(OPERAND)
+    x = operand(x, OPERAND)
+    y = operand(y, OPERAND)
     J: tl.constexpr = x.shape[2]
     if J < 16:  # a product takes sixteen: zeros between
         x = tl.reshape(tl.join(x, tl.zeros_like(x)), (x.shape[0], x.shape[1], 2 * J))
@@ -212,38 +213,41 @@ def contract(x, y, total, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def collect(u, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr, M_PAD: tl.constexpr, E_PAD: tl.constexpr,
-            E_WIDE: tl.constexpr, U_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-            ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Values under the kernels u W^T: sum_m (u . W_m) V[n + m], (BLOCK_P, E_WIDE, BLOCK_L); u (BLOCK_P, U_PAD, BLOCK_L)."""
+def collect(u, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr, M_PAD: tl.constexpr,
+            E_PAD: tl.constexpr, E_WIDE: tl.constexpr, U_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Values under the kernels u W^T: sum_m (u . W_m) V[n + m], (BLOCK_P, E_WIDE, BLOCK_L).
+
+    u is (BLOCK_P, U_PAD, BLOCK_L).
+    """
     OPERAND: tl.constexpr = vn.dtype.element_ty
     e = tl.arange(0, E_WIDE)
-    columns = tl.reshape(tl.permute(u.to(OPERAND), (1, 0, 2)), (U_PAD, BLOCK_P * BLOCK_L))
+    columns = tl.reshape(tl.permute(operand(u, OPERAND), (1, 0, 2)), (U_PAD, BLOCK_P * BLOCK_L))
     z = tl.zeros((BLOCK_P, E_WIDE, BLOCK_L), ACC)
     for first in range(0, M_PAD, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         kernels = dot(taps(weights, m, tl.arange(0, U_PAD), U_PAD), columns,
                       tl.zeros((BLOCK_M, BLOCK_P * BLOCK_L), ACC), OPERAND, PRECISION)  # fmt: skip
-        kernels = tl.permute(tl.reshape(kernels.to(OPERAND), (BLOCK_M, BLOCK_P, BLOCK_L)), (1, 0, 2))
+        kernels = tl.permute(tl.reshape(operand(kernels, OPERAND), (BLOCK_M, BLOCK_P, BLOCK_L)), (1, 0, 2))
         values = window(vn, clip, n, m, e, SIZE, WINDOW, E_PAD)
         z = dot(tl.permute(values, (0, 2, 1)), kernels, z, OPERAND, PRECISION)
     return z
 
 
 @triton.jit
-def correlate(z, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr, M_PAD: tl.constexpr, E_PAD: tl.constexpr,
-              E_WIDE: tl.constexpr, U_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-              ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def correlate(z, weights, vn, clip, n, SIZE: tl.constexpr, WINDOW: tl.constexpr, M_PAD: tl.constexpr,
+              E_PAD: tl.constexpr, E_WIDE: tl.constexpr, U_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Correlations with the values, projected: sum_m (z . V[n + m]) W_m, (BLOCK_P, U_PAD, BLOCK_L)."""
     OPERAND: tl.constexpr = vn.dtype.element_ty
     e = tl.arange(0, E_WIDE)
-    z = z.to(OPERAND)
+    z = operand(z, OPERAND)
     y = tl.zeros((U_PAD, BLOCK_P * BLOCK_L), ACC)
     for first in range(0, M_PAD, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         values = window(vn, clip, n, m, e, SIZE, WINDOW, E_PAD)
         s = dot(values, z, tl.zeros((BLOCK_P, BLOCK_M, BLOCK_L), ACC), OPERAND, PRECISION)
-        s = tl.reshape(tl.permute(s.to(OPERAND), (1, 0, 2)), (BLOCK_M, BLOCK_P * BLOCK_L))
+        s = tl.reshape(tl.permute(operand(s, OPERAND), (1, 0, 2)), (BLOCK_M, BLOCK_P * BLOCK_L))
         y = dot(tl.trans(taps(weights, m, tl.arange(0, U_PAD), U_PAD)), s, y, OPERAND, PRECISION)
     return tl.permute(tl.reshape(y, (U_PAD, BLOCK_P, BLOCK_L)), (1, 0, 2))
 
@@ -258,7 +262,7 @@ def mixed(z, identity, BACK: tl.constexpr, E_WIDE: tl.constexpr, F_PAD: tl.const
     matrix = taps(identity, tl.arange(0, E_WIDE), tl.arange(0, F_PAD), F_PAD)
     if not BACK:
         matrix = tl.trans(matrix)
-    columns = tl.reshape(tl.permute(z.to(OPERAND), (1, 0, 2)), (FROM, BLOCK_P * BLOCK_L))
+    columns = tl.reshape(tl.permute(operand(z, OPERAND), (1, 0, 2)), (FROM, BLOCK_P * BLOCK_L))
     y = dot(matrix, columns, tl.zeros((TO, BLOCK_P * BLOCK_L), ACC), OPERAND, PRECISION)
     return tl.permute(tl.reshape(y, (TO, BLOCK_P, BLOCK_L)), (1, 0, 2))
 
@@ -292,7 +296,8 @@ def relational_forward(
     q, kn, vn, h1, p1, h2, g, identity, a_rows, z_rows, y, eps,
     SIZE: tl.constexpr, Q_STRIDES, Y_STRIDES, Q_FORM: tl.constexpr, Y_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
-    C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, E_WIDE: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
+    C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, E_WIDE: tl.constexpr, F_PAD: tl.constexpr,
+    M_PAD: tl.constexpr,
     HAS_H1: tl.constexpr, HAS_P1: tl.constexpr, HAS_G: tl.constexpr, HAS_IDENTITY: tl.constexpr,
     NORMED: tl.constexpr, SAVE: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -316,7 +321,7 @@ def relational_forward(
             part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L)
             if NORMED:
                 squares += tl.sum(part.to(ACC) * part.to(ACC), 1)
-            a = contract(tl.permute(a1.to(OPERAND), (1, 2, 0)), part, a, OPERAND, PRECISION)
+            a = contract(tl.permute(operand(a1, OPERAND), (1, 2, 0)), part, a, OPERAND, PRECISION)
     else:
         a = load_clip(q, clip, n, d, query, SIZE, Q_STRIDES, Q_FORM, C, L).to(ACC)
         squares = tl.sum(a * a, 1)
@@ -328,47 +333,50 @@ def relational_forward(
     there = (n < SIZE[0] * SIZE[1] * SIZE[2])[:, None, None] & (query < L)[None, None, :]
     if ORDER == "second":
         e = tl.arange(0, E_WIDE)
-        z = collect(a, h2, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, D_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC, PRECISION)
+        z = collect(
+            a, h2, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, D_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC, PRECISION
+        )
         if HAS_G:
             if SAVE:
                 store_rows(z_rows, z, clip, n, e, query, SIZE, E, L)
-            by_g = correlate(z, g, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, F_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC,
-                             PRECISION)  # fmt: skip
+            by_g = correlate(z, g, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, F_PAD, BLOCK_P, BLOCK_M, BLOCK_L,
+                             ACC, PRECISION)  # fmt: skip
             if HAS_IDENTITY:
                 by_g += mixed(z, identity, False, E_WIDE, F_PAD, BLOCK_P, BLOCK_L, ACC, PRECISION)
-            tl.store(clip_at(y, clip, n, f, query, SIZE, Y_STRIDES, Y_FORM), by_g.to(OPERAND),
+            tl.store(clip_at(y, clip, n, f, query, SIZE, Y_STRIDES, Y_FORM), by_g.to(y.dtype.element_ty),
                      mask=there & (f < F)[None, :, None])  # fmt: skip
         else:
-            tl.store(clip_at(y, clip, n, e, query, SIZE, Y_STRIDES, Y_FORM), z.to(OPERAND),
+            tl.store(clip_at(y, clip, n, e, query, SIZE, Y_STRIDES, Y_FORM), z.to(y.dtype.element_ty),
                      mask=there & (e < E)[None, :, None])  # fmt: skip
     else:
-        a = a.to(OPERAND)
+        a = operand(a, OPERAND)
         result = tl.zeros((BLOCK_P, F_PAD, BLOCK_L), ACC)
         for first in range(0, E_PAD, BLOCK_E):
             e = first + tl.arange(0, BLOCK_E)
             a2, a3 = values_by(h2, g, identity, vn, clip, n, e, SIZE, WINDOW, HAS_G, HAS_IDENTITY, M_PAD, E_PAD,
                                D_PAD, F_PAD, BLOCK_P, BLOCK_M, BLOCK_E, ACC, PRECISION)  # fmt: skip
-            z = dot(tl.permute(a2.to(OPERAND), (1, 0, 2)), a, tl.zeros((BLOCK_P, BLOCK_E, BLOCK_L), ACC), OPERAND,
-                    PRECISION).to(OPERAND)  # fmt: skip
+            z = dot(tl.permute(operand(a2, OPERAND), (1, 0, 2)), a, tl.zeros((BLOCK_P, BLOCK_E, BLOCK_L), ACC), OPERAND,
+                    PRECISION)  # fmt: skip
             if HAS_G:
                 if SAVE:
                     store_rows(z_rows, z, clip, n, e, query, SIZE, E, L)
-                result = contract(tl.permute(a3.to(OPERAND), (1, 2, 0)), z, result, OPERAND, PRECISION)
+                result = contract(tl.permute(operand(a3, OPERAND), (1, 2, 0)), z, result, OPERAND, PRECISION)
             else:
-                tl.store(clip_at(y, clip, n, e, query, SIZE, Y_STRIDES, Y_FORM), z,
+                tl.store(clip_at(y, clip, n, e, query, SIZE, Y_STRIDES, Y_FORM), z.to(y.dtype.element_ty),
                          mask=there & (e < E)[None, :, None])  # fmt: skip
         if HAS_G:
-            tl.store(clip_at(y, clip, n, f, query, SIZE, Y_STRIDES, Y_FORM), result.to(OPERAND),
+            tl.store(clip_at(y, clip, n, f, query, SIZE, Y_STRIDES, Y_FORM), result.to(y.dtype.element_ty),
                      mask=there & (f < F)[None, :, None])  # fmt: skip
 
 
 @triton.jit
 def relational_backward(
     dy, q, a_rows, kn, vn, h1, p1, h2, g, identity, dz_rows, da_rows, scales, dq, eps,
-    SIZE: tl.constexpr, DY_STRIDES, Q_STRIDES, DQ_STRIDES, DY_FORM: tl.constexpr, Q_FORM: tl.constexpr, DQ_FORM: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, DY_STRIDES, Q_STRIDES, DQ_STRIDES, DY_FORM: tl.constexpr, Q_FORM: tl.constexpr,
+    DQ_FORM: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
-    C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, E_WIDE: tl.constexpr, F_PAD: tl.constexpr, M_PAD: tl.constexpr,
+    C_PAD: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, E_WIDE: tl.constexpr, F_PAD: tl.constexpr,
+    M_PAD: tl.constexpr,
     HAS_H1: tl.constexpr, HAS_P1: tl.constexpr, HAS_G: tl.constexpr, HAS_IDENTITY: tl.constexpr,
     NORMED: tl.constexpr, NEED_Q: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -386,8 +394,8 @@ def relational_backward(
         e = tl.arange(0, E_WIDE)
         if HAS_G:
             by_y = load_clip(dy, clip, n, f, query, SIZE, DY_STRIDES, DY_FORM, F, L)
-            dz = collect(by_y, g, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, F_PAD, BLOCK_P, BLOCK_M, BLOCK_L, ACC,
-                         PRECISION)  # fmt: skip
+            dz = collect(by_y, g, vn, clip, n, SIZE, WINDOW, M_PAD, E_PAD, E_WIDE, F_PAD, BLOCK_P, BLOCK_M, BLOCK_L,
+                         ACC, PRECISION)  # fmt: skip
             if HAS_IDENTITY:
                 dz += mixed(by_y, identity, True, E_WIDE, F_PAD, BLOCK_P, BLOCK_L, ACC, PRECISION)
         else:
@@ -404,12 +412,12 @@ def relational_backward(
             a2, a3 = values_by(h2, g, identity, vn, clip, n, e, SIZE, WINDOW, HAS_G, HAS_IDENTITY, M_PAD, E_PAD,
                                D_PAD, F_PAD, BLOCK_P, BLOCK_M, BLOCK_E, ACC, PRECISION)  # fmt: skip
             if HAS_G:
-                dz = dot(tl.permute(a3.to(OPERAND), (1, 0, 2)), by_y, tl.zeros((BLOCK_P, BLOCK_E, BLOCK_L), ACC),
-                         OPERAND, PRECISION).to(OPERAND)  # fmt: skip
+                dz = dot(tl.permute(operand(a3, OPERAND), (1, 0, 2)), by_y, tl.zeros((BLOCK_P, BLOCK_E, BLOCK_L), ACC),
+                         OPERAND, PRECISION)  # fmt: skip
             else:
                 dz = load_clip(dy, clip, n, e, query, SIZE, DY_STRIDES, DY_FORM, E, L)
             store_rows(dz_rows, dz, clip, n, e, query, SIZE, E, L)
-            da = contract(tl.permute(a2.to(OPERAND), (1, 2, 0)), dz, da, OPERAND, PRECISION)
+            da = contract(tl.permute(operand(a2, OPERAND), (1, 2, 0)), dz, da, OPERAND, PRECISION)
     store_rows(da_rows, da, clip, n, d, query, SIZE, D, L)
 
     there = (n < SIZE[0] * SIZE[1] * SIZE[2])[:, None, None] & (query < L)[None, None, :]
@@ -427,22 +435,22 @@ def relational_backward(
         if NEED_Q:
             along = tl.sum(load_rows(a_rows, clip, n, d, query, SIZE, D, L).to(ACC) * da, 1)
     if NEED_Q and (HAS_H1 or HAS_P1):
-        by_a = da.to(OPERAND)
+        by_a = operand(da, OPERAND)
         for first in range(0, C_PAD, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
             a1 = keys_by_h1(kn, h1, p1, clip, n, c, SIZE, WINDOW, HAS_H1, HAS_P1, M_PAD, C_PAD, D_PAD, BLOCK_P,
                             BLOCK_M, BLOCK_C, ACC, PRECISION)  # fmt: skip
-            by_q = dot(tl.permute(a1.to(OPERAND), (1, 0, 2)), by_a, tl.zeros((BLOCK_P, BLOCK_C, BLOCK_L), ACC),
+            by_q = dot(tl.permute(operand(a1, OPERAND), (1, 0, 2)), by_a, tl.zeros((BLOCK_P, BLOCK_C, BLOCK_L), ACC),
                        OPERAND, PRECISION)  # fmt: skip
             if NORMED:
                 part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L).to(ACC) * scale[:, None, :]
                 by_q = (by_q - part * along[:, None, :]) * scale[:, None, :]
-            tl.store(clip_at(dq, clip, n, c, query, SIZE, DQ_STRIDES, DQ_FORM), by_q.to(OPERAND),
+            tl.store(clip_at(dq, clip, n, c, query, SIZE, DQ_STRIDES, DQ_FORM), by_q.to(dq.dtype.element_ty),
                      mask=there & (c < C)[None, :, None])  # fmt: skip
     elif NEED_Q:  # a is q
         by_q = da
         if NORMED:
             part = load_clip(q, clip, n, d, query, SIZE, Q_STRIDES, Q_FORM, C, L).to(ACC) * scale[:, None, :]
             by_q = (da - part * along[:, None, :]) * scale[:, None, :]
-        tl.store(clip_at(dq, clip, n, d, query, SIZE, DQ_STRIDES, DQ_FORM), by_q.to(OPERAND),
+        tl.store(clip_at(dq, clip, n, d, query, SIZE, DQ_STRIDES, DQ_FORM), by_q.to(dq.dtype.element_ty),
                  mask=there & (d < D)[None, :, None])  # fmt: skip

@@ -1,18 +1,19 @@
 """Gradients of relational self-attention for keys, values and weights, all of them gathers over windows:
 
-    dK[p, c] = sum_m sum_d H1[m, c, d] dA1[p - m, c, d]                             dA1[n, c, d] = sum_l q[n, l, c] da[n, l, d]
-    dV[p, e] = sum_m sum_d H2[m, d] dA2[p - m, e, d] + sum_f G[m, f] dA3[p - m, e, f]    dA2 = dz (x) a,  dA3 = z (x) dy
-    dH1[m, c, d] = sum_n K[n + m, c] dA1[n, c, d]                                   dP1[c, d] = sum_n dA1[n, c, d]
-    dH2[m, d] = sum_n sum_l (dz[n, l] . V[n + m]) a[n, l, d]                        dI[e, f] = sum_n sum_l z[n, l, e] dy[n, l, f]
+    dK[p, c] = sum_m sum_d H1[m, c, d] dA1[p - m, c, d]                    dA1[n, c, d] = sum_l q[n, l, c] da[n, l, d]
+    dV[p, e] = sum_m sum_l (a[p - m, l] . H2[m]) dz[p - m, l, e] + (dy[p - m, l] . G[m]) z[p - m, l, e]
+    dH1[m, c, d] = sum_n K[n + m, c] dA1[n, c, d]                          dP1[c, d] = sum_n dA1[n, c, d]
+    dH2[m, d] = sum_n sum_l (dz[n, l] . V[n + m]) a[n, l, d]               dI[e, f] = sum_n sum_l z[n, l, e] dy[n, l, f]
     dG[m, f] = sum_n sum_l (z[n, l] . V[n + m]) dy[n, l, f]
 
-Floor: operations, M C D per position for each of dK and dH1, and so on as in the forward; bytes are few.
+Floor: operations. Per position M C D for each of dK and dH1, L M (D + 2 E + F) for dV and for dH2 and dG together.
 
-Tiling of dK and dV ("fold"): a program owns a tile of PLANE_H x PLANE_W positions p of a frame, and a block of
-channels. For each frame that a tap leads back to it walks the positions n from which the tile can be reached, BLOCK_S
-at a time: it forms dA on chip, multiplies it with the taps of that frame to u[n, tap], and picks for each pair (n, p)
-the tap that leads from one to the other. So nobody writes to a neighbour, no atomics are needed, and what u costs is
-shared by the taps of a frame.
+Tiling of dK and dV ("fold"): a program owns a tile of PLANE_H x PLANE_W positions p of a frame (and BLOCK_C channels of
+K). For each frame that a tap leads back to it walks the positions n from which the tile can be reached, BLOCK_S at a
+time, and each pair (n, p) takes the tap that leads from one to the other. Nobody writes to a neighbour, and no atomics
+are needed. dV takes the weights of that tap: H2's row times a is the kernel of the pair, L numbers that weigh dz. dK,
+whose weights differ by channel, forms dA1 on chip, multiplies it with all taps of the frame, and picks the products:
+what they cost is shared by the positions they lead to.
 Tiling of the weights: a program owns BLOCK_M taps (and BLOCK_C channels and BLOCK_D latent channels of H1) and walks
 every SPLITS-th block of positions; its sum is one of SPLITS, which are added afterwards in fixed order. Programs beyond
 the taps do the same for P1 and I.
@@ -21,7 +22,7 @@ the taps do the same for P1 and I.
 import triton
 import triton.language as tl
 
-from .common import dot
+from .common import dot, operand
 from .relational import clip_at, load_clip, load_rows, window
 
 
@@ -29,15 +30,15 @@ from .relational import clip_at, load_clip, load_rows, window
 def outer(x, y, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """sum_l x[n, i, l] y[n, j, l] for x (positions, i, queries) and y (positions, j, queries)."""
     zero = tl.zeros((x.shape[0], x.shape[1], y.shape[1]), ACC)
-    return dot(x.to(OPERAND), tl.permute(y.to(OPERAND), (0, 2, 1)), zero, OPERAND, PRECISION)
+    return dot(operand(x, OPERAND), tl.permute(operand(y, OPERAND), (0, 2, 1)), zero, OPERAND, PRECISION)
 
 
 @triton.jit
 def products(x, y, total, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """total + sum_n sum_l x[n, i, l] y[n, j, l]: (i, j)."""
     ROWS: tl.constexpr = x.shape[0] * x.shape[2]
-    x = tl.reshape(tl.permute(x.to(OPERAND), (1, 0, 2)), (x.shape[1], ROWS))
-    y = tl.reshape(tl.permute(y.to(OPERAND), (0, 2, 1)), (ROWS, y.shape[1]))
+    x = tl.reshape(tl.permute(operand(x, OPERAND), (1, 0, 2)), (x.shape[1], ROWS))
+    y = tl.reshape(tl.permute(operand(y, OPERAND), (0, 2, 1)), (ROWS, y.shape[1]))
     return dot(x, y, total, OPERAND, PRECISION)
 
 
@@ -45,7 +46,7 @@ def products(x, y, total, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 def across(weights, x, total, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """total + sum_n sum_l weights[n, p, l] x[n, e, l]: (p, e)."""
     ROWS: tl.constexpr = x.shape[0] * x.shape[2]
-    weights = tl.reshape(tl.permute(weights.to(OPERAND), (1, 0, 2)), (weights.shape[1], ROWS))
+    weights = tl.reshape(tl.permute(operand(weights, OPERAND), (1, 0, 2)), (weights.shape[1], ROWS))
     x = tl.reshape(tl.permute(x, (0, 2, 1)), (ROWS, x.shape[1]))
     return dot(weights, x, total, OPERAND, PRECISION)
 
@@ -119,7 +120,7 @@ def relational_fold_keys(
                     d = first_d + tl.arange(0, BLOCK_D)
                     da1 = outer(part, load_rows(da_rows, clip, n, d, query, SIZE, D, L), ACC, OPERAND, PRECISION)
                     weights = tl.load(h1 + (c[:, None, None] * M_PAD + m[None, :, None]) * D_PAD + d[None, None, :])
-                    u = dot(tl.permute(da1.to(OPERAND), (1, 0, 2)), tl.permute(weights, (0, 2, 1)), u, OPERAND,
+                    u = dot(tl.permute(operand(da1, OPERAND), (1, 0, 2)), tl.permute(weights, (0, 2, 1)), u, OPERAND,
                             PRECISION)  # fmt: skip
                 here = reach & ((tap - first).to(tl.uint32) < TAPS)
                 place = tl.broadcast_to(tl.where(here, tap - first, 0)[None, :, :], pairs.shape)
@@ -210,19 +211,19 @@ def relational_by_h1(
                 part = part.to(ACC) * load_rows(scales, clip, n, tl.arange(0, 1), query, SIZE, 1, L)
             da1 = outer(part, load_rows(da_rows, clip, n, d, query, SIZE, D, L), ACC, OPERAND, PRECISION)
             keys = tl.permute(window(kn, clip, n, m, c, SIZE, WINDOW, C_PAD), (2, 1, 0))
-            sum_h1 = dot(keys, tl.permute(da1.to(OPERAND), (1, 0, 2)), sum_h1, OPERAND, PRECISION)
+            sum_h1 = dot(keys, tl.permute(operand(da1, OPERAND), (1, 0, 2)), sum_h1, OPERAND, PRECISION)
         rows = (split * C_PAD + c)[:, None] * M_PAD + m[None, :]
         tl.store(by_h1 + rows[:, :, None].to(tl.int64) * D_PAD + d[None, None, :], sum_h1)
     elif HAS_P1:
-        sum_p1 = tl.zeros((BLOCK_C, BLOCK_D), ACC)
+        sum_p1 = tl.zeros((BLOCK_P, BLOCK_C, BLOCK_D), ACC)
         for block in range(split, clips * blocks, SPLITS):
             clip = block // blocks
             n = block % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
             part = load_clip(q, clip, n, c, query, SIZE, Q_STRIDES, Q_FORM, C, L)
             if NORMED:
                 part = part.to(ACC) * load_rows(scales, clip, n, tl.arange(0, 1), query, SIZE, 1, L)
-            sum_p1 = products(part, load_rows(da_rows, clip, n, d, query, SIZE, D, L), sum_p1, OPERAND, PRECISION)
-        tl.store(by_p1 + (split * C_PAD + c)[:, None] * D_PAD + d[None, :], sum_p1)
+            sum_p1 += outer(part, load_rows(da_rows, clip, n, d, query, SIZE, D, L), ACC, OPERAND, PRECISION)
+        tl.store(by_p1 + (split * C_PAD + c)[:, None] * D_PAD + d[None, :], tl.sum(sum_p1, 0))
 
 
 @triton.jit
@@ -273,8 +274,9 @@ def relational_by_h2(
 
 
 @triton.jit
-def unpack_clip(x, rows, by_x, clip, n, eps, SIZE: tl.constexpr, STRIDES, BY_STRIDES, FORM: tl.constexpr, BY_FORM: tl.constexpr,
-                C: tl.constexpr, C_PAD: tl.constexpr, NORMED: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def unpack_clip(x, rows, by_x, clip, n, eps, SIZE: tl.constexpr, STRIDES, BY_STRIDES, FORM: tl.constexpr,
+                BY_FORM: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, NORMED: tl.constexpr,
+                ACC: tl.constexpr):  # fmt: skip
     """From the gradient of the normalised x (rows) that of x: (g - x^ (x^ . g)) / sqrt(sum x^2 + eps)."""
     c = tl.arange(0, C_PAD)
     one = tl.arange(0, 1)

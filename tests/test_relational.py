@@ -59,8 +59,6 @@ def some(*values: Any, few: int) -> list[Any]:
 
 def check(case: RelationalCase, backend: str, **options: Any) -> None:
     """Output and every gradient against the float64 reference, in poisoned memory; the second run gives the same."""
-    if INTERPRETED and backend == "triton" and case.dtype == torch.bfloat16:
-        options.setdefault("tolerance", 3e-2)  # the interpreter rounds towards zero, and that adds up
 
     def op(**arguments: Any) -> Tensor:
         y = dt.ops.relational_attention(**arguments)
@@ -173,7 +171,7 @@ def test_clips(backend: str, clip: tuple[int, int, int]) -> None:
     check(RelationalCase(kernel_size=(3, 3, 3), clip=clip, batch=1 if INTERPRETED else 2, seed=7), backend)
 
 
-CHANNELS = [(4, 5, 8, 16), (17, 4, 5, 8), (16, 17, 24, 4), (24, 16, 4, 17), (1, 1, 1, 1), (2, 3, 1, 2)]
+CHANNELS = [(8, 8, 8, 8), (4, 5, 8, 16), (17, 4, 5, 8), (16, 17, 24, 4), (24, 16, 4, 17), (1, 1, 1, 1), (2, 3, 1, 2)]
 MANY_CHANNELS = [(64, 64, 64, 64), (32, 33, 31, 65), (128, 127, 128, 63), (65, 4, 127, 128), (15, 128, 4, 33)]
 
 

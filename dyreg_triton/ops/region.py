@@ -235,6 +235,7 @@ def _summed(rows: Tensor, regions: Tensor) -> Tensor:
 
 # --- the Triton path: each op is schema, implementation, fake, autograd, and a backward op of its own -------
 
+
 @torch.library.custom_op("dyreg_triton::region_pool", mutates_args=())
 def _pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
     nodes = x.new_empty(*x.shape[:-3], regions.shape[-2], x.shape[-3])

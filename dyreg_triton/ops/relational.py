@@ -12,6 +12,7 @@ Tap i of an axis of k taps lies at i - k // 2: centred where k is odd; where it 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .. import reference, tuning
 from ..autocast import lowered
-from ..dispatch import choose
+from ..dispatch import choose, current_backend
 from ..eager import relational as eager
 from ..launch import accumulator, clip_layout, launch, precision, wider
 from ..validate import describe
@@ -58,7 +59,8 @@ def relational_attention(
         identity: (E, F), the basic context beside g, or None.
         eps: None, or the number with which q and k (over C) and v (over E) are L2-normalised, x / sqrt(sum x^2 + eps).
 
-    All tensors have one dtype and device. Every argument is differentiable.
+    All tensors have one dtype and device. Every argument is differentiable. Triton takes L up to 16 and C, D, E, F
+    up to 128; beyond, "auto" takes eager and warns.
 
     Returns:
         y (B, L, F or E, T, H, W) in their dtype, a view of (B, F, L, T, H, W) memory: `y.transpose(1, 2).flatten(1, 2)`
@@ -72,17 +74,37 @@ def relational_attention(
     """
     tensors = {"q": q, "k": k, "v": v, "h1": h1, "p1": p1, "h2": h2, "g": g, "identity": identity}
     relational_arguments("relational_attention", tensors, eps)
-    q, k, v, h1, p1, h2, g, identity = (None if t is None else lowered(t) for t in tensors.values())
-    call = {name: t for name, t in tensors.items() if t is not None}
-    name = choose("relational_attention", q, call)
+    given = (q, k, v, h2, h1, p1, g, identity)
+    lower: list[Any] = [None if t is None else lowered(t) for t in given]
+    problem = _Problem(*lower, None if eps is None else float(eps))
+    name = _backend(problem, {name: t for name, t in tensors.items() if t is not None})
     if name == "reference":
-        return reference.relational_attention(q, k, v, h2=h2, h1=h1, p1=p1, g=g, identity=identity, eps=eps)
+        options: dict[str, Any] = dict(zip(_Problem._fields[3:], problem[3:], strict=True))
+        return reference.relational_attention(*problem[:3], **options)
     if name == "eager":
-        return eager.relational_attention(q, k, v, h2, h1, p1, g, identity, eps)
-    given = [t for t in (q, k, v, h2, h1, p1, g, identity) if t is not None]
-    refuse_transforms("relational_attention", *given)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return _attend(q, k, v, h2, h1, p1, g, identity, eps, save)[0].transpose(1, 2)
+        return eager.relational_attention(*problem)
+    there = [t for t in problem[:8] if t is not None]
+    refuse_transforms("relational_attention", *there)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in there)
+    return _attend(*problem, save)[0].transpose(1, 2)
+
+
+def _backend(problem: _Problem, call: dict[str, Tensor]) -> str:
+    """The backend of a call; for sizes beyond the kernels' "auto" takes eager, and says so."""
+    name = choose("relational_attention", problem.q, call)
+    if name != "triton":
+        return name
+    sizes = dict(zip("LCDEF", (problem.q.shape[1], *problem.channels), strict=True))
+    beyond = [f"{letter} = {size}" for letter, size in sizes.items() if size > tuning.RELATIONAL_LIMIT[letter]]
+    if not beyond:
+        return name
+    limits = ", ".join(f"{letter} <= {size}" for letter, size in tuning.RELATIONAL_LIMIT.items())
+    message = f"relational_attention: {', '.join(beyond)}; accepted on the triton backend is {limits}"
+    if current_backend() == "triton":
+        raise ValueError(f'{message}; dyreg_triton.backend("eager") takes any; call: {describe(call)}')
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{message}; the eager backend computes this call", stacklevel=3)
+    return "eager"
 
 
 # --- the Triton path: launches ------------------------------------------------------------------------------
@@ -126,9 +148,7 @@ class _Problem(NamedTuple):
 
     def config(self, kind: str) -> tuning.RelationalConfig:
         clips, queries = self.q.shape[:2]
-        return tuning.relational(
-            kind, clips, self.size, queries, self.channels, self.window, self.q.element_size()
-        )
+        return tuning.relational(kind, clips, self.size, queries, self.channels, self.window, self.q.element_size())
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Compile-time arguments by name."""
@@ -222,7 +242,7 @@ def _blocks(config: tuning.RelationalConfig, problem: _Problem, queries: int, *n
     block_l = max(queries, 1 << (problem.q.shape[1] - 1).bit_length())
     return {
         **{name: _block(config, problem, name) for name in names},
-        "BLOCK_L": block_l, "PRECISION": "tf32x3" if precision(problem.q.dtype)=="ieee" else "tf32",
+        "BLOCK_L": block_l, "PRECISION": precision(problem.q.dtype, "tf32x3"),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 
@@ -250,10 +270,10 @@ def _forward(problem: _Problem, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _empty_gradients(problem: _Problem, needs: list[bool]) -> list[Tensor]:
     """Where the gradients go, in the order of the arguments; empty tensors for those not needed."""
-    q = problem.q
-    clips = [torch.empty_like(t) if need and t is not None else q.new_empty(0) for t, need in zip(problem[:3], needs)]
-    weights = [q.new_empty(t.shape if need and t is not None else 0) for t, need in zip(problem[3:8], needs[3:])]
-    return clips + weights
+    empty = problem.q.new_empty
+    wanted = [t if need else None for t, need in zip(problem[:8], needs, strict=True)]
+    clips = [empty(0) if t is None else torch.empty_like(t) for t in wanted[:3]]
+    return clips + [empty(0 if t is None else t.shape) for t in wanted[3:]]
 
 
 def _backward(problem: _Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor, needs: list[bool]) -> list[Tensor]:
@@ -334,7 +354,8 @@ def _keys_and_values(
             a_rows, dz_rows, z_rows, dy, packed.h2, packed.g, dv_rows, problem.size, dy_layout.strides,
             DY_FORM=dy_layout.form, HAS_G=problem.g is not None,
             **{name: sizes[name] for name in ("L", "D", "E", "F", "D_PAD", "E_PAD", "F_PAD", "WINDOW", "ACC")},
-            PLANE_H=config.plane[0], PLANE_W=config.plane[1], BLOCK_S=config.block_p, BLOCK_D=16,
+            PLANE_H=config.plane[0], PLANE_W=config.plane[1], BLOCK_S=config.block_p,
+            BLOCK_D=min(config.block_d, sizes["D_PAD"], sizes["F_PAD"]),
             **_blocks(config, problem, 8),
         )  # fmt: skip
     config = problem.config("pack")

@@ -6,11 +6,15 @@ what lies outside the clip is 0.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..autocast import full_precision
+from ..validate import is_dense, what
 from ..validate.relational import relational_arguments
 
 
@@ -28,7 +32,7 @@ def l2_normalised(x: Tensor, dim: int, eps: float | None) -> Tensor:
     return x if eps is None else x / (x.square().sum(dim, keepdim=True) + eps).sqrt()
 
 
-def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+def _wide(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
@@ -50,7 +54,6 @@ def relational_attention(
     size = (h2.shape[1], h2.shape[2], h2.shape[3])
     with full_precision(q.device.type):
         a, keys, values, m1, m2, m3, latent, mixed = _wide(q, k, v, h1, p1, h2, g, identity)
-        assert a is not None and values is not None and m3 is not None
         query = a = l2_normalised(a, 2, eps)
         context = windows(l2_normalised(values, 1, eps), size)
         if m2 is not None:
@@ -62,11 +65,11 @@ def relational_attention(
         kappa = torch.einsum("bldthw,dm->blthwm", a, m3.flatten(-3))
         z = torch.einsum("blthwm,bethwm->belthw", kappa, context)
         if latent is None:
-            return z.to(q.dtype).transpose(1, 2)
+            return z.to(q.dtype).contiguous().transpose(1, 2)
         v_g = torch.einsum("bethwm,fm->befthw", context, latent.flatten(-3))
         if mixed is not None:
             v_g = v_g + mixed[..., None, None, None]
-        return torch.einsum("belthw,befthw->bflthw", z, v_g).to(q.dtype).transpose(1, 2)
+        return torch.einsum("belthw,befthw->bflthw", z, v_g).to(q.dtype).contiguous().transpose(1, 2)
 
 
 def vanilla_relational_attention(
@@ -89,7 +92,18 @@ def vanilla_relational_attention(
         q, k, v, g, identity, eps: as `relational_attention`.
         h: (C, kt, kh, kw, M), from the correlation at each neighbour and channel to the M kernel weights.
         p: (M, C), or None for the relational kernel alone.
+
+    Raises:
+        ValueError, TypeError: as `relational_attention`.
     """
+    op = "vanilla_relational_attention"
+    if not is_dense(h) or h.dim() != 5 or h.shape[-1] != math.prod(h.shape[1:4]):
+        raise ValueError(f"{op}: h is {what(h)}; accepted is a tensor (C, kt, kh, kw, M) with M = kt * kh * kw")
+    if p is not None and (not is_dense(p) or p.shape != (h.shape[-1], h.shape[0])):
+        raise ValueError(f"{op}: p is {what(p)}; accepted is a tensor (M, C) = {(h.shape[-1], h.shape[0])}, or None")
+    # one column of h stands for h1 and h2, which are all that is not the same
+    one = {"h1": h[None, ..., 0].transpose(0, 1), "h2": h[:1, ..., 0], "p1": None}
+    relational_arguments(op, {"q": q, "k": k, "v": v, **one, "g": g, "identity": identity}, eps)
     size = (h.shape[1], h.shape[2], h.shape[3])
     query = l2_normalised(q, 2, eps)
     keys, context = windows(l2_normalised(k, 1, eps), size), windows(l2_normalised(v, 1, eps), size)

@@ -147,7 +147,7 @@ class RelationalCase:
         It is the gradient of x / |x| divided by |x|, less its part along x. A result that depends on the length of a
         value only, as one tap of context R does, has no other part: its exact gradient is next to zero.
         """
-        if not grad_output.numel():
+        if self.eps is None or not grad_output.numel():
             return {}
         wide = {name: t.detach().double() for name, t in inputs.items()}
         norms = {name: (wide[name].square().sum(-4, keepdim=True) + self.eps).sqrt() for name in "qkv" if name in wide}

@@ -172,13 +172,15 @@ def _calls(
                 (*resolved(argument.shape), 4),
                 draw(st.sampled_from(own)),
                 draw(layouts()),
-                seed + i,
+                seed + 2 + i,  # the incoming gradient has seed + 1
                 (height, width),
                 draw(st.sampled_from(REGION_KINDS)),
             )
         elif isinstance(argument, _Tensor):
             own = argument.dtypes or (dtype,)
-            tensors[name] = TensorSpec(resolved(argument.shape), draw(st.sampled_from(own)), draw(layouts()), seed + i)
+            tensors[name] = TensorSpec(
+                resolved(argument.shape), draw(st.sampled_from(own)), draw(layouts()), seed + 2 + i
+            )
         elif isinstance(argument, SearchStrategy):
             options[name] = draw(argument)
         else:

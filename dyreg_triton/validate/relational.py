@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
+from ..autocast import lowered_dtype
 from . import FLOATS, describe, is_dense, positive_number, what
 
 FORMS = {
@@ -40,7 +41,9 @@ def relational_arguments(op: str, tensors: Mapping[str, Tensor | None], eps: flo
             either = " or None" if name in _OPTIONAL else ""
             fail(name, f"is {what(t)}, a {type(t).__name__}", f"a dense torch.Tensor {FORMS[name]}{either}", TypeError)
     q, k, v, h1, p1, h2, g, identity = (tensors[name] for name in FORMS)
-    assert q is not None and v is not None and h2 is not None  # for mypy: refused above
+    assert q is not None  # for mypy: refused above
+    assert v is not None
+    assert h2 is not None
 
     for name, t in tensors.items():
         if t is not None and t.dim() != FORMS[name].count(",") + 1:
@@ -77,11 +80,11 @@ def relational_arguments(op: str, tensors: Mapping[str, Tensor | None], eps: flo
             continue
         if t.dtype not in FLOATS:
             fail(name, f"is {str(t.dtype)[6:]}", "float16, bfloat16, float32 or float64", TypeError)
-        if t.dtype != q.dtype:
+        if lowered_dtype(t) != lowered_dtype(q):
             fail(name, f"is {str(t.dtype)[6:]}", f"q's dtype, {str(q.dtype)[6:]}", TypeError)
         if t.device != q.device:
             fail(name, f"is on {t.device}", f"q's device, {q.device}")
-        sizes = {letter: size for letter, size in zip(FORMS[name].strip("()").split(", "), t.shape, strict=True)}
+        sizes = dict(zip(FORMS[name].strip("()").split(", "), t.shape, strict=True))
         empty = [letter for letter, size in sizes.items() if size == 0 and letter != "B"]
         if empty:
             fail(name, f"has {empty[0]} = 0, shape {tuple(t.shape)}", "a size > 0; only the batch may be empty")
