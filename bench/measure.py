@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Machine:
     device: torch.device
     name: str
     bandwidth: float
+    _rates: dict[torch.dtype, float] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def here(cls, device: str | None = None) -> Machine:
@@ -62,6 +63,16 @@ class Machine:
     @property
     def slug(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        """Floating-point operations a second of a large square matrix product, measured at the first question."""
+        if dtype not in self._rates:
+            size = 8192 if self.device.type == "cuda" else 1024
+            a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+            target = torch.empty_like(a)
+            (seconds,) = self.interleaved([lambda: torch.matmul(a, b, out=target)], repeats=10)
+            self._rates[dtype] = 2 * size**3 / seconds
+        return self._rates[dtype]
 
     def seconds(self, call: Callable[[], object]) -> float:
         """One call, by the device's clock on CUDA."""
@@ -92,10 +103,10 @@ class Machine:
 
         return _interleaved(timed, calls, repeats)
 
-    def extra_bytes(self, call: Callable[[], object]) -> int | None:
-        """Peak memory of a call beyond what was held before it; None where the device does not tell."""
+    def extra_bytes(self, call: Callable[[], object]) -> int:
+        """Peak memory of one call beyond what was held before it, as torch's allocator counts it."""
         if self.device.type != "cuda":
-            return None
+            return _peak_of_allocations(call)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -151,6 +162,20 @@ def _interleaved(
             if i >= 2:
                 times[turn].append(seconds)
     return [statistics.median(kept) for kept in times]
+
+
+def _peak_of_allocations(call: Callable[[], object]) -> int:
+    """The most bytes that a call holds on the CPU, from every allocation and release that torch's profiler sees.
+
+    Exact for tensors; what a library allocates for itself, as a convolution's scratch, does not pass torch's allocator.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        result = call()
+    del result
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
 
 
 @functools.cache

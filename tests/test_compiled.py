@@ -5,14 +5,15 @@ import torch
 
 pytestmark = pytest.mark.compiled
 compiled = pytest.importorskip("bench.compiled", reason="triton is needed to compile", exc_type=ImportError)
-Case = compiled.Case
+region = pytest.importorskip("bench.compiled.region", exc_type=ImportError)
+Case = region.RegionCase
 on_targets = pytest.mark.parametrize("target", list(compiled.TARGETS))
 
 
 def fit(target, dtype, size=(14, 14), n=9, profile="linear", frames=160, channels=512, layout="contiguous"):
     """Compile every kind of kernel; nothing may be wrong with any. The code of each, by kind."""
     codes = {}
-    for kind in compiled.KINDS:
+    for kind in region.KINDS:
         case = Case(kind, frames, n, channels, size, dtype, profile, layout)
         codes[kind] = compiled.compile_case(target, case)
         for code in codes[kind]:
@@ -25,7 +26,7 @@ def fit(target, dtype, size=(14, 14), n=9, profile="linear", frames=160, channel
 def test_default_config_fits_every_target(target, dtype):
     codes = fit(target, dtype)
     if dtype == "bfloat16" or target == "gfx942":  # float32 stays float32 unless torch allows TF32
-        for kind in compiled.KINDS[:4]:
+        for kind in region.KINDS[:4]:
             assert all(code.tensor_core > 0 for code in codes[kind]), kind
     assert min(code.load_bytes for code in codes["gather"]) >= 8  # 14 x 14 cells of 2 bytes divide by 8, no more
     assert min(code.store_bytes for code in codes["scatter"]) >= 8
@@ -69,7 +70,7 @@ def test_one_channel(size):
 
 def test_tf32_uses_tensor_cores():
     codes = fit("sm_90", "tf32")
-    assert all(code.tensor_core > 0 for kind in compiled.KINDS[:4] for code in codes[kind])
+    assert all(code.tensor_core > 0 for kind in region.KINDS[:4] for code in codes[kind])
 
 
 def test_more_regions_than_one_program_holds():
@@ -88,18 +89,18 @@ def test_the_table_covers_what_a_launch_may_choose():
     """Every config of the heuristic, in every dtype and profile, is compiled by `bench compiled --all`."""
     from dyreg_triton import tuning
 
-    cases = compiled.region_cases(everything=True)
+    cases = region.cases(everything=True)
     for profile in ("linear", "gaussian", "log-linear"):
         for dtype in compiled.DTYPES:
             mine = {(c.kind, c.config()) for c in cases if c.profile == profile and c.dtype == dtype}
-            assert {kind for kind, _ in mine} == set(compiled.KINDS)
+            assert {kind for kind, _ in mine} == set(region.KINDS)
             itemsize = Case("gather", 1, 1, 1, (1, 1), dtype).torch_dtype.itemsize
             generator = torch.Generator().manual_seed(0)
             for _ in range(500):
                 frames, n, c, h, w = (
                     int(2 ** (torch.rand((), generator=generator).item() * top)) for top in (12, 6, 11, 6, 6)
                 )
-                for kind in compiled.KINDS:
+                for kind in region.KINDS:
                     if kind != "scatter_moments" or n <= 16:
                         channels = {"dense": 1, "dense_moments": 16}.get(kind, c)
                         assert (kind, tuning.region(kind, frames, n, channels, h * w, itemsize)) in mine

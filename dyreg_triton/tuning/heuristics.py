@@ -36,6 +36,7 @@ class RelationalConfig:
     `order` of evaluation: "first" by matrices per position, "second" by kernels and correlations per neighbour.
     `plane`: rows and columns of the tile of positions whose keys' or values' gradient a program sums.
     `splits`: how many programs share the sum of a weight's gradient.
+    `clips`: how many the backward takes at once, since that is what its intermediate gradients are held for.
     """
 
     block_p: int = 16
@@ -45,6 +46,7 @@ class RelationalConfig:
     order: str = "first"
     plane: tuple[int, int] = (8, 8)
     splits: int = 1
+    clips: int = 1
     num_warps: int = 4
     num_stages: int = 2
 

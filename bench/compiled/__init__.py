@@ -1,0 +1,225 @@
+"""Compile kernels for GPUs that need not be present, and read the machine code: `python -m bench compiled`.
+
+The op's own host code runs on `device="meta"` tensors under a stand-in driver, with every launch turned into a
+compile; so each kernel is specialised exactly as a real launch would specialise it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes
+
+
+class _Driver:
+    """Answers what a launch asks of a driver; each target has a device id, hence a kernel cache, of its own."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> int:
+        return 1000 + list(TARGETS).index(self.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the machine code of one kernel says."""
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int  # bytes on NVIDIA, registers on AMD
+    shared: int  # bytes
+    tensor_core: int  # matrix instructions
+    load_bytes: int  # widest load from global memory, per thread
+    narrowest: int  # narrowest load
+    store_bytes: int  # widest store to global memory, per thread
+    num_warps: int
+
+
+@contextlib.contextmanager
+def compiling(target: str) -> Iterator[list[Code]]:
+    """Inside, launches on meta tensors compile for `target` and append their `Code` to the list."""
+    codes: list[Code] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if hasattr(compiled, "result"):
+            compiled = compiled.result()
+        codes.append(inspect(compiled, target))
+        return compiled
+
+    former = driver._active
+    driver.set_active(_Driver(target))
+    try:
+        with mock.patch.object(JITFunction, "run", compile_only):
+            yield codes
+    finally:
+        driver._active = former
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def inspect(compiled: Any, target: str) -> Code:
+    """Read registers, spills, shared memory, matrix instructions and access widths."""
+    metadata = compiled.metadata
+    if TARGETS[target].backend == "hip":
+        text = compiled.asm["amdgcn"]
+
+        def field(name: str) -> int:
+            found = re.search(rf"\.{name}:\s*(\d+)", text)
+            return int(found.group(1)) if found else 0
+
+        registers, spills = field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+        tensor_core = len(re.findall(r"v_mfma_", text))
+        widths = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "b128": 16}
+        pattern = r"(?:global|buffer)_{}_(\w+?)(?:_d16(?:_hi)?)?\s"
+        loads = [widths.get(w, 1) for w in re.findall(pattern.format("load"), text)]
+        stores = [widths.get(w, 1) for w in re.findall(pattern.format("store"), text)]
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            usage = subprocess.run(
+                [_tool("cuobjdump"), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+            ).stdout
+            text = subprocess.run(
+                [_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True
+            ).stdout
+        registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
+        spills = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))  # type: ignore[union-attr]
+        tensor_core = len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)", text))
+
+        def access_bytes(modifiers: str) -> int:
+            bits = re.search(r"\.(128|64|U?16|U?8)\b", modifiers + " ")
+            return int(bits.group(1).lstrip("US")) // 8 if bits else 4
+
+        loads = [access_bytes(m) for m in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", text)]
+        stores = [access_bytes(m) for m in re.findall(r"\bSTG((?:\.\w+)*)", text)]
+    return Code(
+        kernel=metadata.name,
+        target=target,
+        registers=registers,
+        spills=spills,
+        shared=metadata.shared,
+        tensor_core=tensor_core,
+        load_bytes=max(loads, default=0),
+        narrowest=min(loads, default=0),
+        store_bytes=max(stores, default=0),
+        num_warps=metadata.num_warps,
+    )
+
+
+DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 with torch's matmul precision at "high"
+
+
+class Case(Protocol):
+    """One call of an op: what it launches, and what must be true of the code."""
+
+    dtype: str
+
+    def launch(self) -> None:
+        """Through the op's own host code, on meta tensors."""
+
+    def problems(self, code: Code) -> list[str]:
+        """What is wrong with a kernel of this case, beyond what `misfits` sees."""
+
+    def about(self) -> str:
+        """The case in a few columns."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that one of DTYPES names."""
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+def compile_case(target: str, case: Case) -> list[Code]:
+    """Compile one case, under the matmul precision that its dtype names."""
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    try:
+        with compiling(target) as codes:
+            case.launch()
+    finally:
+        torch.set_float32_matmul_precision(former)
+    return codes
+
+
+def problems(case: Case, code: Code) -> list[str]:
+    """What is wrong with a kernel, in words: spills, too much shared memory, and what its case says."""
+    found = []
+    if code.spills:
+        found.append("spills")
+    if code.shared > SHARED_LIMIT[code.target]:
+        found.append("too much shared memory")
+    return found + case.problems(code)
+
+
+HEADER = "target  kernel                  w regs spill shared  mma load store  case"
+
+
+def _row(case: Case, code: Code) -> str:
+    return (
+        f"{code.target:7} {code.kernel:22} {code.num_warps:2} {code.registers:4} {code.spills:5} {code.shared:6} "
+        f"{code.tensor_core:4} {code.load_bytes:4} {code.store_bytes:5}  {case.dtype:8} {case.about()}"
+    )
+
+
+def _rows(task: tuple[str, Case]) -> list[tuple[str, list[str]]]:
+    target, case = task
+    return [(_row(case, code), problems(case, code)) for code in compile_case(target, case)]
+
+
+def _report(compiled: Iterable[list[tuple[str, list[str]]]]) -> int:
+    print(HEADER, flush=True)
+    total = bad = 0
+    for row, wrong in itertools.chain.from_iterable(compiled):
+        total, bad = total + 1, bad + bool(wrong)
+        print(f"{row}{'  <- ' + ', '.join(wrong) if wrong else ''}", flush=True)
+    print(f"{total} kernels, {bad} that do not fit")
+    return 1 if bad else 0
+
+
+def main(everything: bool = False, jobs: int | None = None) -> int:
+    """Print one line per compiled kernel; 1 if any spills, exceeds its target's shared memory, or accesses narrowly.
+
+    `everything` takes tens of minutes, on `jobs` processes (by default one per core).
+    """
+    from . import region, relational
+
+    tasks = list(itertools.product(TARGETS, [*region.cases(everything), *relational.cases(everything)]))
+    if not everything:
+        return _report(map(_rows, tasks))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return _report(pool.map(_rows, tasks, chunksize=8))

@@ -1,0 +1,362 @@
+"""Relational self-attention on Triton: from tensors to launches of the relational kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import tuning
+from ..launch import accumulator, clip_layout, launch, precision, wider
+
+
+def _pad(n: int, least: int = 16) -> int:
+    """The least power of two that holds n; products contract over sixteen or more."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+class Problem(NamedTuple):
+    """The tensors of a call, and its sizes in the kernels' terms."""
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor
+    h2: Tensor
+    h1: Tensor | None
+    p1: Tensor | None
+    g: Tensor | None
+    identity: Tensor | None
+    eps: float | None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.q.shape[-3], self.q.shape[-2], self.q.shape[-1]
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """C, D, E, F; F is E in the basic context."""
+        values = self.v.shape[1]
+        return self.q.shape[2], self.h2.shape[0], values, values if self.g is None else self.g.shape[0]
+
+    @property
+    def window(self) -> tuple[int, int, int]:
+        return self.h2.shape[1], self.h2.shape[2], self.h2.shape[3]
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.window)
+
+    def config(self, kind: str) -> tuning.RelationalConfig:
+        clips, queries = self.q.shape[:2]
+        return tuning.relational(kind, clips, self.size, queries, self.channels, self.window, self.q.element_size())
+
+    def constants(self, *names: str) -> dict[str, Any]:
+        """Compile-time arguments by name."""
+        c, d, e, f = self.channels
+        every = {
+            "M": self.taps, "L": self.q.shape[1], "C": c, "D": d, "E": e, "F": f,
+            "C_PAD": _pad(c, 8), "D_PAD": _pad(d), "E_PAD": _pad(e, 8), "E_WIDE": _pad(e), "F_PAD": _pad(f),
+            "M_PAD": -(-self.taps // 32) * 32,
+            "HAS_H1": self.h1 is not None, "HAS_P1": self.p1 is not None, "HAS_G": self.g is not None,
+            "HAS_IDENTITY": self.identity is not None, "NORMED": self.eps is not None,
+            "WINDOW": self.window,
+        }  # fmt: skip
+        chosen = {name: every[name] for name in names}
+        return {**chosen, "ACC": accumulator(self.q.dtype)}
+
+    def rows(self, features: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An empty (B, T*H*W, L, features)."""
+        return self.q.new_empty(self.q.shape[0], math.prod(self.size), self.q.shape[1], features, dtype=dtype)
+
+
+class _Packed(NamedTuple):
+    """What `relational_pack` makes; a tensor that is not there stands for one that is not read."""
+
+    kn: Tensor
+    vn: Tensor
+    h1: Tensor
+    p1: Tensor
+    h2: Tensor
+    g: Tensor
+    identity: Tensor
+
+
+def _programs(problem: Problem, block: int) -> int:
+    return problem.q.shape[0] * -(-math.prod(problem.size) // block)
+
+
+def _pack(problem: Problem) -> _Packed:
+    from ..kernels.relational import relational_pack
+
+    q, k, v, h2, h1, p1, g, identity, eps = problem
+    constants = problem.constants(
+        "M", "C", "D", "E", "F", "C_PAD", "D_PAD", "E_PAD", "F_PAD", "M_PAD", "HAS_H1", "HAS_P1", "HAS_G",
+        "HAS_IDENTITY", "NORMED",
+    )  # fmt: skip
+    c, d, e, f, m = (constants[name] for name in ("C_PAD", "D_PAD", "E_PAD", "F_PAD", "M_PAD"))
+    positions = q.shape[0] * math.prod(problem.size)
+
+    def empty(given: object, *shape: int) -> Tensor:
+        return q.new_empty(shape if given is not None else 0)
+
+    packed = _Packed(
+        empty(k, positions, c), empty(v, positions, e), empty(h1, c, m, d), empty(p1, max(c, 16), d), empty(h2, m, d),
+        empty(g, m, f), empty(identity, max(e, 16), f),
+    )  # fmt: skip
+    flat = [None if t is None else t.flatten(-3) for t in (h1, h2, g)]
+
+    def transposed(t: Tensor | None) -> tuple[int, ...]:
+        """Strides, the tap's before the last dimension's."""
+        return (0, 0) if t is None else (*t.stride()[:-2], t.stride(-1), t.stride(-2))
+
+    config = problem.config("pack")
+    k_layout, v_layout = clip_layout(v if k is None else k), clip_layout(v)
+    launch(
+        relational_pack, _programs(problem, config.block_p) + 1 + (0 if h1 is None else c), q,
+        v if k is None else k, v, *(v if t is None else t for t in (flat[0], p1, flat[1], flat[2], identity)),
+        *packed, eps or 0.0, q.shape[0], problem.size, k_layout.strides, v_layout.strides,
+        (0, 0, 0) if h1 is None else transposed(flat[0]), (0, 0) if p1 is None else p1.stride(), transposed(flat[1]),
+        transposed(flat[2]), (0, 0) if identity is None else identity.stride(),
+        K_FORM=k_layout.form, V_FORM=v_layout.form, BLOCK_P=config.block_p, BLOCK_M=config.block_m,
+        num_warps=config.num_warps, **constants,
+    )  # fmt: skip
+    return packed
+
+
+_EVERY = (
+    "L", "C", "D", "E", "F", "C_PAD", "D_PAD", "E_PAD", "F_PAD", "M_PAD", "E_WIDE", "HAS_H1", "HAS_P1", "HAS_G",
+    "HAS_IDENTITY", "NORMED", "WINDOW",
+)  # fmt: skip
+
+
+def _block(config: tuning.RelationalConfig, problem: Problem, name: str) -> Any:
+    """A block size; of channels no more than there are."""
+    c, d, e, _ = problem.channels
+    most = {"BLOCK_C": _pad(c, 8), "BLOCK_D": _pad(d), "BLOCK_E": _pad(e, 8)}
+    field = "block_c" if name == "BLOCK_E" else name.lower()
+    return min(getattr(config, field), most.get(name, 128))
+
+
+def _blocks(config: tuning.RelationalConfig, problem: Problem, queries: int, *names: str) -> dict[str, Any]:
+    """Launch options and blocks; `queries` is the fewest that the kernel's products take."""
+    block_l = max(queries, 1 << (problem.q.shape[1] - 1).bit_length())
+    return {
+        **{name: _block(config, problem, name) for name in names},
+        "BLOCK_L": block_l, "PRECISION": precision(problem.q.dtype, "tf32x3"),
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+
+
+def forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, F, L, T, H, W), and with `save` the rows of a and, with g, of z."""
+    from ..kernels.relational import relational_forward
+
+    q, eps = problem.q, problem.eps
+    packed = _pack(problem)
+    _, d, e, f = problem.channels
+    y = q.new_empty(q.shape[0], f, q.shape[1], *problem.size)
+    a_rows = problem.rows(d) if save else q.new_empty(0)
+    z_rows = problem.rows(e) if save and problem.g is not None else q.new_empty(0)
+    config = problem.config("forward")
+    q_layout, y_layout = clip_layout(q), clip_layout(y.transpose(1, 2))
+    launch(
+        relational_forward, _programs(problem, config.block_p), q,
+        q, *packed, a_rows, z_rows, y, eps or 0.0, problem.size, q_layout.strides, y_layout.strides,
+        Q_FORM=q_layout.form, Y_FORM=y_layout.form, SAVE=save, ORDER=config.order,
+        **problem.constants(*_EVERY), **_blocks(config, problem, 8, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_E"),
+    )  # fmt: skip
+    return y, a_rows, z_rows
+
+
+# --- the gradients --------------------------------------------------------------------------------------------------
+
+
+def empty_gradients(problem: Problem, needs: list[bool]) -> list[Tensor]:
+    """Where the gradients go, in the order of the arguments; empty tensors for those not needed."""
+    empty = problem.q.new_empty
+    wanted = [t if need else None for t, need in zip(problem[:8], needs, strict=True)]
+    clips = [empty(0) if t is None else torch.empty_like(t) for t in wanted[:3]]
+    return clips + [empty(0 if t is None else t.shape) for t in wanted[3:]]
+
+
+class _Part(NamedTuple):
+    """A few clips of a backward: their inputs, what was saved, and where the chain leaves its results."""
+
+    problem: Problem
+    packed: _Packed
+    dy: Tensor
+    a_rows: Tensor
+    z_rows: Tensor
+    dz_rows: Tensor
+    da_rows: Tensor
+    scales: Tensor
+
+
+def _parts(problem: Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor) -> Iterator[tuple[slice, _Part]]:
+    """A few clips at a time, for which intermediate gradients exist."""
+    packed = _pack(problem)
+    q, positions = problem.q, math.prod(problem.size)
+    _, d, e, _ = problem.channels
+    clips, step = q.shape[0], problem.config("backward").clips
+    for start in range(0, clips, step):
+        some = slice(start, min(start + step, clips))
+        cells = slice(some.start * positions, some.stop * positions)
+        part = problem._replace(q=q[some], k=None if problem.k is None else problem.k[some], v=problem.v[some])
+        yield some, _Part(
+            part, packed._replace(kn=packed.kn[cells], vn=packed.vn[cells]), dy[some], a_rows[some],
+            z_rows[some] if problem.g is not None else z_rows, part.rows(e), part.rows(d),
+            part.rows(1 if problem.eps is not None else 0, wider(q.dtype)),
+        )  # fmt: skip
+
+
+def backward(problem: Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor, needs: list[bool]) -> list[Tensor]:
+    """Gradients of q, k, v, h2, h1, p1, g, identity, where they are needed."""
+    gradients = empty_gradients(problem, needs)
+    totals: dict[int, Tensor] = {}  # of the weights, by their place, in float32
+    for some, part in _parts(problem, dy, a_rows, z_rows):
+        dq, dk, dv = (t[some] if need else None for t, need in zip(gradients[:3], needs[:3], strict=True))
+        _chain(part, dq)
+        if dk is not None or dv is not None:
+            _keys_and_values(part, dk, dv)
+        sums: dict[int, Tensor] = {}
+        if needs[4] or needs[5]:
+            sums |= _by_h1(part, needs[4], needs[5])
+        if needs[3] or needs[6] or needs[7]:
+            sums |= _by_h2(part)
+        totals = {i: total + totals[i] if i in totals else total for i, total in sums.items()}
+    for i, total in totals.items():
+        if needs[i]:
+            gradients[i].copy_(total.reshape(gradients[i].shape))
+    return gradients
+
+
+def _chain(part: _Part, dq: Tensor | None) -> None:
+    """Write dz, da and the scales of q, and dq."""
+    from ..kernels.relational import relational_backward
+
+    problem, q = part.problem, part.problem.q
+    config = problem.config("backward")
+    target = q if dq is None else dq
+    dy_layout, q_layout, dq_layout = clip_layout(part.dy), clip_layout(q), clip_layout(target)
+    launch(
+        relational_backward, _programs(problem, config.block_p), q,
+        part.dy, q, part.a_rows, *part.packed, part.dz_rows, part.da_rows, part.scales, target, problem.eps or 0.0,
+        problem.size, dy_layout.strides, q_layout.strides, dq_layout.strides,
+        DY_FORM=dy_layout.form, Q_FORM=q_layout.form, DQ_FORM=dq_layout.form, NEED_Q=dq is not None,
+        ORDER=config.order, **problem.constants(*_EVERY),
+        **_blocks(config, problem, 8, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_E"),
+    )  # fmt: skip
+
+
+def _keys_and_values(part: _Part, dk: Tensor | None, dv: Tensor | None) -> None:
+    """Write the gradients of k and v: first of what was packed, then through the normalisation."""
+    from ..kernels.relational_gradients import relational_fold_keys, relational_fold_values, relational_unpack
+
+    problem, packed = part.problem, part.packed
+    q, k, v = problem[:3]
+    c, _, e, _ = problem.channels
+    positions = q.shape[0] * math.prod(problem.size)
+    q_layout, dy_layout = clip_layout(q), clip_layout(part.dy)
+    dk_rows = q.new_empty((positions, c) if dk is not None else 0, dtype=wider(q.dtype))
+    dv_rows = q.new_empty((positions, e) if dv is not None else 0, dtype=wider(q.dtype))
+
+    def plane(config: tuning.RelationalConfig) -> tuple[int, dict[str, int]]:
+        down, across = (-(-n // tile) for n, tile in zip(problem.size[1:], config.plane, strict=True))
+        tiles = q.shape[0] * problem.size[0] * down * across
+        return tiles, {"PLANE_H": config.plane[0], "PLANE_W": config.plane[1], "BLOCK_S": config.block_p}
+
+    if dk is not None:
+        config = problem.config("fold_keys")
+        tiles, tile = plane(config)
+        sizes = problem.constants("L", "C", "D", "C_PAD", "D_PAD", "M_PAD", "NORMED", "WINDOW")
+        blocks = _blocks(config, problem, 16, "BLOCK_C", "BLOCK_D")
+        launch(
+            relational_fold_keys, tiles * (sizes["C_PAD"] // blocks["BLOCK_C"]), q,
+            q, part.da_rows, part.scales, packed.h1, dk_rows, problem.size, q_layout.strides, Q_FORM=q_layout.form,
+            TAPS=min(64, _pad(math.prod(problem.window[1:]), 8)), **sizes, **tile, **blocks,
+        )  # fmt: skip
+    if dv is not None:
+        config = problem.config("fold_values")
+        tiles, tile = plane(config)
+        sizes = problem.constants("L", "D", "E", "F", "D_PAD", "E_PAD", "F_PAD", "HAS_G", "WINDOW")
+        blocks = _blocks(config, problem, 8, "BLOCK_D")
+        blocks["BLOCK_D"] = min(blocks["BLOCK_D"], sizes["F_PAD"])
+        launch(
+            relational_fold_values, tiles, q,
+            part.a_rows, part.dz_rows, part.z_rows, part.dy, packed.h2, packed.g, dv_rows, problem.size,
+            dy_layout.strides, DY_FORM=dy_layout.form, **sizes, **tile, **blocks,
+        )  # fmt: skip
+    config = problem.config("pack")
+    clips = [v if t is None else t for t in (k, v, dk, dv)]
+    layouts = [clip_layout(t) for t in clips]
+    launch(
+        relational_unpack, _programs(problem, config.block_p), q,
+        *clips[:2], dk_rows, dv_rows, *clips[2:], problem.eps or 0.0, problem.size,
+        *(layout.strides for layout in layouts),
+        **{f"{name}_FORM": layout.form for name, layout in zip(("K", "V", "DK", "DV"), layouts, strict=True)},
+        **problem.constants("C", "E", "C_PAD", "E_PAD", "NORMED"),
+        NEED_K=dk is not None, NEED_V=dv is not None, BLOCK_P=config.block_p, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _sums(problem: Problem, splits: int, wanted: bool, *shape: int) -> Tensor:
+    """Where each of `splits` programs leaves its sum; they are added in fixed order."""
+    return problem.q.new_empty((splits, *shape) if wanted else 0, dtype=wider(problem.q.dtype))
+
+
+def _by_h1(part: _Part, need_h1: bool, need_p1: bool) -> dict[int, Tensor]:
+    """The gradients of h1 (4) and p1 (5)."""
+    from ..kernels.relational_gradients import relational_by_h1
+
+    problem, q = part.problem, part.problem.q
+    config = problem.config("by_h1")
+    constants = problem.constants("L", "C", "D", "C_PAD", "D_PAD", "M_PAD", "WINDOW", "NORMED")
+    c, d, m = (constants[name] for name in ("C_PAD", "D_PAD", "M_PAD"))
+    by_h1, by_p1 = _sums(problem, config.splits, need_h1, c, m, d), _sums(problem, config.splits, need_p1, c, d)
+    q_layout = clip_layout(q)
+    blocks = _blocks(config, problem, 16, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_D")
+    by_taps = (m // config.block_m if need_h1 else 0) + need_p1
+    launch(
+        relational_by_h1, config.splits * (c // blocks["BLOCK_C"]) * (d // blocks["BLOCK_D"]) * by_taps, q,
+        q, part.da_rows, part.scales, part.packed.kn, by_h1, by_p1, q.shape[0], problem.size, q_layout.strides,
+        Q_FORM=q_layout.form, HAS_H1=need_h1, HAS_P1=need_p1, SPLITS=config.splits, **constants, **blocks,
+    )  # fmt: skip
+    channels, latent, _, _ = problem.channels
+    found = {}
+    if need_h1:
+        found[4] = by_h1[:, :channels, : problem.taps, :latent].sum(0).mT
+    if need_p1:
+        found[5] = by_p1[:, :channels, :latent].sum(0)
+    return found
+
+
+def _by_h2(part: _Part) -> dict[int, Tensor]:
+    """The gradients of h2 (3), g (6) and identity (7), of those that there are."""
+    from ..kernels.relational_gradients import relational_by_h2
+
+    problem, q = part.problem, part.problem.q
+    config = problem.config("by_h2")
+    constants = problem.constants(
+        "L", "D", "E", "F", "D_PAD", "E_PAD", "E_WIDE", "F_PAD", "M_PAD", "WINDOW", "HAS_G", "HAS_IDENTITY"
+    )
+    d, e, f, m = (constants[name] for name in ("D_PAD", "E_WIDE", "F_PAD", "M_PAD"))
+    has_g, has_identity = problem.g is not None, problem.identity is not None
+    by_h2 = _sums(problem, config.splits, True, m, d)
+    by_g, by_identity = _sums(problem, config.splits, has_g, m, f), _sums(problem, config.splits, has_identity, e, f)
+    dy_layout = clip_layout(part.dy)
+    launch(
+        relational_by_h2, config.splits * (m // config.block_m + has_identity), q,
+        part.a_rows, part.dz_rows, part.z_rows, part.dy, part.packed.vn, by_h2, by_g, by_identity, q.shape[0],
+        problem.size, dy_layout.strides, DY_FORM=dy_layout.form, SPLITS=config.splits, **constants,
+        **_blocks(config, problem, 8, "BLOCK_P", "BLOCK_M"),
+    )  # fmt: skip
+    _, latent, values, context = problem.channels
+    found = {3: by_h2[:, : problem.taps, :latent].sum(0).mT}
+    if has_g:
+        found[6] = by_g[:, : problem.taps, :context].sum(0).mT
+    if has_identity:
+        found[7] = by_identity[:, :values, :context].sum(0)
+    return found
