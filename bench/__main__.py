@@ -1,4 +1,5 @@
-"""`python -m bench run region` measures; `python -m bench compiled` reads the machine code of GPUs not present."""
+"""`python -m bench run region|relational|all` measures, `python -m bench plot relational` draws what was measured, and
+`python -m bench compiled` reads the machine code of GPUs not present."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SUITES = ("region",)
+SUITES = ("region", "relational")
+RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--quick", action="store_true", help="one small shape, no torch.compile: under a minute on CPU")
     run.add_argument("--out", type=Path, help="append rows to this JSONL instead of bench/results/SUITE-DEVICE.jsonl")
     run.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    plot = commands.add_parser("plot", help="draw an op's time and memory from the rows of bench/results")
+    plot.add_argument("suite", choices=("relational",))
+    plot.add_argument("--out", type=Path, help="one SVG of all devices instead of one beside each file of rows")
     compiled = commands.add_parser("compiled", help="compile every kernel for sm_80, sm_90, sm_100 and gfx942")
     compiled.add_argument("--all", action="store_true", help="every config, profile, dtype and layout: tens of minutes")
     compiled.add_argument("--jobs", type=int, help="processes for --all; by default one per core")
@@ -29,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return compile_all(args.all, args.jobs)
 
+    if args.command == "plot":
+        return _plot(parser, args.suite, args.out)
+
     import importlib
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints when it starts and stops
 
     import torch
 
@@ -43,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(machine)
     failed = False
     for suite in SUITES if args.suite == "all" else (args.suite,):
-        out = args.out or Path(__file__).parent / "results" / f"{suite}-{machine.slug}.jsonl"
+        out = args.out or RESULTS / f"{suite}-{machine.slug}.jsonl"
         kept = 0
         for row in importlib.import_module(f"bench.{suite}").run(machine, quick=args.quick):
             failed |= row is None
@@ -52,6 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 kept += 1
         print(f"{kept} rows -> {out}")
     return 1 if failed else 0
+
+
+def _plot(parser: argparse.ArgumentParser, suite: str, out: Path | None) -> int:
+    import importlib
+
+    files = sorted(RESULTS.glob(f"{suite}-*.jsonl"))
+    if not files:
+        parser.error(f"there are no rows; `python -m bench run {suite}` writes {RESULTS / f'{suite}-DEVICE.jsonl'}")
+    figures = [(files, out)] if out is not None else [([file], file.with_suffix(".svg")) for file in files]
+    for rows, figure in figures:
+        try:
+            importlib.import_module(f"bench.{suite}").plot(rows, figure)
+        except (ImportError, ValueError) as error:
+            parser.error(str(error))
+        print(f"-> {figure}")
+    return 0
 
 
 if __name__ == "__main__":

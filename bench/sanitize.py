@@ -12,9 +12,10 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -22,21 +23,23 @@ from torch import Tensor
 
 import dyreg_triton as dt
 from dyreg_triton import dispatch
+from dyreg_triton.testing.relational import RelationalCase
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 FRAMES, CHANNELS, SIZE = 2, 19, (7, 9)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
-# each op's inputs, and what its output's gradient is shaped like
-OPS = {
-    "region_pool": ("x", "regions", "nodes"),
-    "region_remap": ("nodes", "regions", "x"),
-    "region_kernel": ("regions", "kernel"),
-}
 
 
 @dataclass(frozen=True)
 class Case:
     """What the three region ops are called with; 70 regions are more than one program holds."""
+
+    # each op's inputs, and what its output's gradient is shaped like
+    OPS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "region_pool": ("x", "regions", "nodes"),
+        "region_remap": ("nodes", "regions", "x"),
+        "region_kernel": ("regions", "kernel"),
+    }
 
     dtype: torch.dtype
     nodes: int
@@ -47,13 +50,62 @@ class Case:
         layout = "channels_last" if self.channels_last else "contiguous"
         return f"{str(self.dtype)[6:]}, {layout}, {self.nodes} regions, {self.profile}"
 
+    def inputs(self, op: str) -> tuple[dict[str, Tensor], Tensor]:
+        """An op's inputs by name and the gradient of its output."""
+        given = inputs(self)
+        if op == "region_kernel":
+            given["regions"] = given["regions"].to(self.dtype)
+        *names, grad_output = self.OPS[op]
+        return {name: given[name] for name in names}, given[grad_output]
 
-# every pair of (dtype, number of regions, layout) comes up
+    def function(self, op: str, module: ModuleType) -> Callable[..., Tensor]:
+        size = () if op == "region_pool" else (SIZE,)
+        return lambda **tensors: getattr(module, op)(*tensors.values(), *size, profile=self.profile)
+
+
+@dataclass(frozen=True)
+class Relational:
+    """What relational attention is called with, q, k and v contiguous or with their channels last."""
+
+    OPS: ClassVar[tuple[str, ...]] = ("relational_attention",)
+
+    call: RelationalCase
+    channels_last: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.call.dtype
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        sizes = f"{self.call.queries} queries, {self.call.value_channels} values"
+        return f"{str(self.dtype)[6:]}, {layout}, {sizes}, kernel {self.call.kernel}, context {self.call.context}"
+
+    def inputs(self, op: str) -> tuple[dict[str, Tensor], Tensor]:
+        leaves = self.call.values()
+        grad_output = leaves.pop("grad_output")
+        if self.channels_last:
+            features = {name: leaves[name] for name in "qkv" if name in leaves}
+            leaves |= {name: t.movedim(-4, -1).contiguous().movedim(-1, -4) for name, t in features.items()}
+        return leaves, grad_output
+
+    def function(self, op: str, module: ModuleType) -> Callable[..., Tensor]:
+        return self.call.function(module)
+
+
+# Sizes divide no block, and windows reach over every border, the second's beyond the clip on all sides. The order of
+# evaluation is the first where E <= 2 L, else the second.
+_RELATIONAL = RelationalCase(
+    kernel_size=(3, 3, 3), clip=(2, 3, 7), batch=2, queries=3, channels=5, latent=6, value_channels=5, mixed=7, eps=1e-6
+)
 CASES = (
+    # every pair of (dtype, number of regions, layout) comes up
     Case(torch.float32, 5, False, "linear"),
     Case(torch.float32, 70, True, "gaussian"),
     Case(torch.bfloat16, 5, True, "log-linear"),
     Case(torch.bfloat16, 70, False, "linear"),
+    Relational(_RELATIONAL, False),
+    Relational(replace(_RELATIONAL, queries=1, kernel_size=(2, 3, 9), dtype=torch.bfloat16), True),
 )
 
 
@@ -106,26 +158,18 @@ def inputs(case: Case) -> dict[str, Tensor]:
 
 def results(function: Callable[..., Tensor], leaves: dict[str, Tensor], grad_output: Tensor) -> dict[str, Tensor]:
     """Output and gradients."""
-    out = function(*(t.requires_grad_() for t in leaves.values()))
+    out = function(**{name: t.requires_grad_() for name, t in leaves.items()})
     gradients = torch.autograd.grad(out, list(leaves.values()), grad_output)
     return {"out": out.detach(), **{f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 
-def check(op: str, case: Case, device: torch.device) -> list[str]:
+def check(op: str, case: Case | Relational, device: torch.device) -> list[str]:
     """What is off about one op on one case, in words."""
-    given = inputs(case)
-    if op == "region_kernel":
-        given["regions"] = given["regions"].to(case.dtype)
-    *names, grad_output = OPS[op]
+    leaves, grad_output = case.inputs(op)
 
     def computed(module: Any, *target: Any) -> dict[str, Tensor]:
-        size = () if op == "region_pool" else (SIZE,)
-        moved = {name: t.detach().to(*target) for name, t in given.items()}
-        return results(
-            lambda *tensors: getattr(module, op)(*tensors, *size, profile=case.profile),
-            {name: moved[name] for name in names},
-            moved[grad_output],
-        )
+        moved = {name: t.detach().to(*target) for name, t in leaves.items()}
+        return results(case.function(op, module), moved, grad_output.to(*target))
 
     with dt.backend("triton"):
         actual = computed(dt.ops, device)
@@ -145,7 +189,7 @@ def run(device: torch.device) -> list[str]:
     """Every op on every case; returns what is off, in words."""
     problems = []
     with launches() as counts:
-        for case, op in itertools.product(CASES, OPS):
+        for case, op in ((case, op) for case in CASES for op in case.OPS):
             found = check(op, case, device)
             print(f"{op} ({case}): {'off' if found else 'right'}", flush=True)
             problems += found

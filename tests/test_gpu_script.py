@@ -152,9 +152,14 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
 
 
 def test_every_kernel_is_known() -> None:
-    region = {"region_gather", "region_scatter", "region_dense", "region_dense_backward"}
-    assert {name for name, file in sanitize.kernels().items() if file == "region.py"} == region
-    assert all(file == "region.py" or name not in region for name, file in sanitize.kernels().items())
+    gradients = {f"relational_{name}" for name in ("fold_keys", "fold_values", "by_h1", "by_h2", "unpack")}
+    known = {
+        "region.py": {"region_gather", "region_scatter", "region_dense", "region_dense_backward"},
+        "relational.py": {"relational_pack", "relational_forward", "relational_backward"},
+        "relational_gradients.py": gradients,
+    }
+    for file, names in known.items():
+        assert {name for name, found in sanitize.kernels().items() if found == file} == names
 
 
 def test_kernels_are_told_from_device_functions(tmp_path: Path) -> None:
@@ -188,14 +193,15 @@ def test_launched_kernel_that_is_not_known_is_reported(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.05, float("nan")])
-@pytest.mark.parametrize("entry", ["out", "grad_regions"])
-@pytest.mark.parametrize("case", sanitize.CASES, ids=str)
-@pytest.mark.parametrize("op", sanitize.OPS)
+@pytest.mark.parametrize("entry", ["out", "last gradient"])
+@pytest.mark.parametrize(("op", "case"), [(op, case) for case in sanitize.CASES for op in case.OPS], ids=str)
 def test_wrong_results_are_reported(
-    monkeypatch: pytest.MonkeyPatch, op: str, case: sanitize.Case, entry: str, factor: float
+    monkeypatch: pytest.MonkeyPatch, op: str, case: sanitize.Case | sanitize.Relational, entry: str, factor: float
 ) -> None:
     """The reference in place of the kernels, spoiled."""
     results = sanitize.results
+    if entry == "last gradient":
+        entry = f"grad_{list(case.inputs(op)[0])[-1]}"
 
     def spoiled(function, leaves, grad_output):
         found = results(function, leaves, grad_output)
