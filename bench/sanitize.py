@@ -58,6 +58,9 @@ class Case:
         *names, grad_output = self.OPS[op]
         return {name: given[name] for name in names}, given[grad_output]
 
+    def tolerance(self, device: torch.device) -> float:
+        return TOLERANCE[self.dtype]
+
     def function(self, op: str, module: ModuleType) -> Callable[..., Tensor]:
         size = () if op == "region_pool" else (SIZE,)
         return lambda **tensors: getattr(module, op)(*tensors.values(), *size, profile=self.profile)
@@ -89,14 +92,18 @@ class Relational:
             leaves |= {name: t.movedim(-4, -1).contiguous().movedim(-1, -4) for name, t in features.items()}
         return leaves, grad_output
 
+    def tolerance(self, device: torch.device) -> float:
+        """On the CPU twice as much for bfloat16: the interpreter stores it by rounding towards zero."""
+        return TOLERANCE[self.dtype] * (2 if self.dtype == torch.bfloat16 and device.type == "cpu" else 1)
+
     def function(self, op: str, module: ModuleType) -> Callable[..., Tensor]:
         return self.call.function(module)
 
 
-# Sizes divide no block, and windows reach over every border, the second's beyond the clip on all sides. The order of
+# Sizes divide no block, and windows reach over every border; the second's is even and longer than the clip. The order of
 # evaluation is the first where E <= 2 L, else the second.
 _RELATIONAL = RelationalCase(
-    kernel_size=(3, 3, 3), clip=(2, 3, 7), batch=2, queries=3, channels=5, latent=6, value_channels=5, mixed=7, eps=1e-6
+    kernel_size=(3, 3, 3), clip=(2, 3, 5), batch=2, queries=3, channels=5, latent=6, value_channels=5, mixed=7, eps=1e-6
 )
 CASES = (
     # every pair of (dtype, number of regions, layout) comes up
@@ -105,7 +112,7 @@ CASES = (
     Case(torch.bfloat16, 5, True, "log-linear"),
     Case(torch.bfloat16, 70, False, "linear"),
     Relational(_RELATIONAL, False),
-    Relational(replace(_RELATIONAL, queries=1, kernel_size=(2, 3, 9), dtype=torch.bfloat16), True),
+    Relational(replace(_RELATIONAL, queries=1, kernel_size=(2, 3, 8), dtype=torch.bfloat16), True),
 )
 
 
@@ -180,8 +187,8 @@ def check(op: str, case: Case | Relational, device: torch.device) -> list[str]:
     problems = []
     for name, wanted in expected.items():
         error = ((actual[name].cpu().double() - wanted).norm() / wanted.norm()).item()
-        if not error <= TOLERANCE[case.dtype]:  # NaN fails too
-            problems.append(f"{op} ({case}): {name} has relative error {error:.3g} > {TOLERANCE[case.dtype]:g}")
+        if not error <= case.tolerance(device):  # NaN fails too
+            problems.append(f"{op} ({case}): {name} has relative error {error:.3g} > {case.tolerance(device):g}")
     return problems
 
 
@@ -189,7 +196,7 @@ def run(device: torch.device) -> list[str]:
     """Every op on every case; returns what is off, in words."""
     problems = []
     with launches() as counts:
-        for case, op in ((case, op) for case in CASES for op in case.OPS):
+        for case, op in [(c, op) for c in CASES for op in c.OPS]:
             found = check(op, case, device)
             print(f"{op} ({case}): {'off' if found else 'right'}", flush=True)
             problems += found

@@ -116,13 +116,18 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _on_nvidia() -> bool:
-    """Whether launches compile for NVIDIA; the interpreter compiles for nobody."""
+def family() -> str:
+    """What launches compile for, as configs tell GPUs apart: "nvidia", "blackwell", "amd"; or "interpreted"."""
     from triton.runtime import driver
 
     from .kernels.common import interpreted
 
-    return not interpreted() and driver.active.get_current_target().backend == "cuda"
+    if interpreted():
+        return "interpreted"
+    target = driver.active.get_current_target()
+    if target.backend != "cuda":
+        return "amd"
+    return "blackwell" if target.arch >= 100 else "nvidia"
 
 
 def precision(dtype: torch.dtype, highest: str = "ieee") -> str:
@@ -134,13 +139,13 @@ def precision(dtype: torch.dtype, highest: str = "ieee") -> str:
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     if torch.get_float32_matmul_precision() == "highest":
-        return highest if highest == "ieee" or _on_nvidia() else "ieee"
+        return highest if highest == "ieee" or family() in ("nvidia", "blackwell") else "ieee"
     return "tf32"
 
 
 def register_limit(registers: int | None) -> dict[str, int]:
     """A limit of registers per thread as a launch option, which only NVIDIA's compiler takes."""
-    return {} if registers is None or not _on_nvidia() else {"maxnreg": registers}
+    return {"maxnreg": registers} if registers is not None and family() in ("nvidia", "blackwell") else {}
 
 
 def launch(kernel: Any, programs: int, tensor: Tensor, *args: Any, **constants: Any) -> None:

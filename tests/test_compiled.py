@@ -1,5 +1,8 @@
 """Every kernel compiles for every supported GPU, without one: no spills, shared memory that fits, wide access."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ pytestmark = pytest.mark.compiled
 compiled = pytest.importorskip("bench.compiled", reason="triton is needed to compile", exc_type=ImportError)
 region = pytest.importorskip("bench.compiled.region", exc_type=ImportError)
 Case = region.RegionCase
+relational = pytest.importorskip("bench.compiled.relational", exc_type=ImportError)
+RelationalCase = relational.RelationalCase
 on_targets = pytest.mark.parametrize("target", list(compiled.TARGETS))
 
 
@@ -117,3 +122,64 @@ def test_the_reading_of_machine_code_sees_a_spill():
         codes = compiled.compile_case("sm_90", case)
         assert any(code.spills > 0 for code in codes)
         assert any("spills" in compiled.problems(case, code) for code in codes)
+
+
+# --- relational self-attention --------------------------------------------------------------------------------------
+
+
+def fit_relational(target, case):
+    """Compile forward and backward; nothing may be wrong with any kernel, and there is every one of them."""
+    codes = compiled.compile_case(target, case)
+    for code in codes:
+        assert not compiled.problems(case, code), code
+    assert {f"relational_{name}" for name in ("pack", *relational.PRODUCTS, "unpack")} == {
+        code.kernel for code in codes
+    }
+    return codes
+
+
+@pytest.mark.parametrize(("channels", "size"), relational.STAGES, ids=str)
+def test_stages_of_rsanet(channels, size):
+    fit_relational("sm_90", RelationalCase(channels, size))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_last_stage_on_every_target(target):
+    """The one with the largest tiles."""
+    fit_relational(target, RelationalCase(64, (7, 7)))
+
+
+def test_relational_float32():
+    """On tensor cores, by three products."""
+    fit_relational("sm_90", RelationalCase(16, (28, 28), "float32"))
+
+
+def test_relational_of_ones():
+    """Constants to the compiler, unlike to the interpreter."""
+    case = RelationalCase(1, (1, 1), frames=1, queries=1, window=(1, 1, 1), batch=1, eps=None)
+    codes = compiled.compile_case("sm_90", case)
+    assert not any(code.spills or code.shared > compiled.SHARED_LIMIT["sm_90"] for code in codes)
+
+
+def test_the_relational_table_covers_what_a_launch_may_choose():
+    """Every config of the heuristic at the paper's window is compiled by `bench compiled --all`."""
+    from unittest import mock
+
+    from dyreg_triton import tuning
+
+    choose, chosen = tuning.relational, set()
+
+    def note(kind, *args):
+        chosen.add((kind, choose(kind, *args)))
+        return choose(kind, *args)
+
+    no_launch = mock.patch("dyreg_triton.ops.relational_launches.launch")
+    with mock.patch.object(tuning, "relational", note), no_launch, compiled.compiling("sm_90"):
+        for case in relational.cases(everything=True):
+            case.launch()
+    tiles = {(kind, dataclasses.replace(config, splits=1, clips=1)) for kind, config in chosen}
+    for itemsize, family in ((2, "nvidia"), (4, "nvidia")):
+        for width, queries in itertools.product((5, 8, 16, 24, 32, 64, 96, 128), (1, 8, 16)):
+            for kind in relational.PRODUCTS:
+                config = choose(kind, 8, (8, 14, 14), queries, (width,) * 4, (5, 7, 7), itemsize, family)
+                assert (kind, dataclasses.replace(config, splits=1, clips=1)) in tiles

@@ -367,6 +367,20 @@ def test_vmap_of_grad_where_one_argument_is_shared(op: str, dims: tuple[int | No
 # --- data-parallel training -----------------------------------------------------------------------------------------
 
 RANKS = 2
+TRAINED = (*VARIANTS, "rsa")
+
+
+class FramesFirst(dt.layers.RSA):
+    """RSA on clips (B, T, C, H, W), as DyReG takes them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def trainee(variant: str) -> nn.Module:
+    if variant == "rsa":
+        return FramesFirst(frames(1, 1).shape[2], num_queries=2, kernel_size=3).to(DEVICE)
+    return make(variant)
 
 
 def ddp_loss(layer: nn.Module, rank: int, step: int) -> Tensor:
@@ -383,9 +397,9 @@ def ddp_rank(rank: int, folder: str) -> None:
     meet = Path(folder, "meet").as_uri()  # a file: no port that another process may take first
     distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=40))
     seen: dict[str, Any] = {}
-    for variant in VARIANTS:
+    for variant in TRAINED:
         torch.manual_seed(rank)
-        layer = awake(make(variant), seed=rank)  # DDP starts every rank from the parameters of the first
+        layer = awake(trainee(variant), seed=rank)  # DDP starts every rank from the parameters of the first
         parallel = DistributedDataParallel(layer, find_unused_parameters=False)
         optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
         start = copy.deepcopy(layer.state_dict())
@@ -419,11 +433,11 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     in_parallel(*[lambda rank=rank: start(rank) for rank in range(RANKS)])
     assert not failures, failures
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(RANKS)]
-    for variant in VARIANTS:
+    for variant in TRAINED:
         first, second = (rank[variant] for rank in ranks)
         for moment in ("start", "end"):
             assert_all_identical(second[moment], first[moment])
-        layer = make(variant)
+        layer = trainee(variant)
         layer.load_state_dict(first["start"])
         alone = []
         for rank in range(RANKS):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
-from ..launch import accumulator, clip_layout, launch, precision, wider
+from ..launch import accumulator, clip_layout, family, launch, precision, wider
 
 
 def _pad(n: int, least: int = 16) -> int:
@@ -51,7 +51,9 @@ class Problem(NamedTuple):
 
     def config(self, kind: str) -> tuning.RelationalConfig:
         clips, queries = self.q.shape[:2]
-        return tuning.relational(kind, clips, self.size, queries, self.channels, self.window, self.q.element_size())
+        return tuning.relational(
+            kind, clips, self.size, queries, self.channels, self.window, self.q.element_size(), family()
+        )
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Compile-time arguments by name."""
