@@ -32,7 +32,7 @@ SWEPT = (32, 14)  # the stage at which windows and batches vary
 WINDOWS = [(3, 3, 3), (3, 5, 5), (3, 7, 7), (5, 7, 7), (5, 9, 9)]
 BATCHES = [1, 2, 4, 8]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-ROW_SECONDS = {"cuda": 1.0, "cpu": 5.0}  # to spend on a row's repeats
+ROW_SECONDS = {"cuda": 1.0, "cpu": 3.0}  # to spend on a row's repeats
 Weights = tuple[Tensor, ...]  # h1, p1, h2, g, identity
 
 
@@ -275,7 +275,7 @@ def _row(
         sources = {name: rotated(lambda c=c: c.inputs(dtype, device), device) for name, c in contenders.items()}
         calls = [lambda name=name, c=c: c.step(backward, *sources[name]()) for name, c in contenders.items()]
         once = sum(map(machine.seconds, calls))
-        repeats = max(3, min(24, int(ROW_SECONDS[device.type] / once)))
+        repeats = max(5, min(24, int(ROW_SECONDS[device.type] / once)))
         seconds = dict(zip(contenders, machine.interleaved(calls, repeats), strict=True))
         wall = seconds  # the CPU has one clock
         if device.type == "cuda":
@@ -335,7 +335,7 @@ def plot(files: Sequence[Path], out: Path) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('matplotlib is missing; pip install "dyreg_triton[viz]" has it') from error
+        raise ImportError('matplotlib is missing; pip install "dyreg-triton[viz]" has it') from error
 
     sweeps = {"taps": "neighbours M of the window", "batch": "batch"}
     rows: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}  # by device; of equal cells the last is kept

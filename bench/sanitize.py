@@ -100,8 +100,7 @@ class Relational:
         return self.call.function(module)
 
 
-# Sizes divide no block, and windows reach over every border; the second's is even and longer than the clip. The order of
-# evaluation is the first where E <= 2 L, else the second.
+# sizes divide no block, and windows reach over every border
 _RELATIONAL = RelationalCase(
     kernel_size=(3, 3, 3), clip=(2, 3, 5), batch=2, queries=3, channels=5, latent=6, value_channels=5, mixed=7, eps=1e-6
 )
@@ -111,6 +110,7 @@ CASES = (
     Case(torch.float32, 70, True, "gaussian"),
     Case(torch.bfloat16, 5, True, "log-linear"),
     Case(torch.bfloat16, 70, False, "linear"),
+    # either order of evaluation, which the number of queries decides; a window that is even and longer than the clip
     Relational(_RELATIONAL, False),
     Relational(replace(_RELATIONAL, queries=1, kernel_size=(2, 3, 8), dtype=torch.bfloat16), True),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from bench import sanitize
+from dyreg_triton import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -160,6 +162,17 @@ def test_every_kernel_is_known() -> None:
     }
     for file, names in known.items():
         assert {name for name, found in sanitize.kernels().items() if found == file} == names
+
+
+def test_relational_attention_is_launched_in_both_orders() -> None:
+    orders = set()
+    for case in sanitize.CASES:
+        if isinstance(case, sanitize.Relational):
+            call = case.call
+            channels = (call.channels, call.latent, call.value_channels, call.mixed)
+            sizes = (call.batch, call.clip, call.queries, channels, call.kernel_size, case.dtype.itemsize)
+            orders |= {(kind, tuning.relational(kind, *sizes).order) for kind in ("forward", "backward")}
+    assert orders == set(itertools.product(("forward", "backward"), ("first", "second")))
 
 
 def test_kernels_are_told_from_device_functions(tmp_path: Path) -> None:

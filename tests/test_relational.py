@@ -658,6 +658,25 @@ def test_other_blocks(fields: dict[str, Any]) -> None:
         check(case, "triton")
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("family", "itemsize", "width"), [("nvidia", 4, 128), ("nvidia", 2, 64), ("amd", 2, 128), ("amd", 4, 16)], ids=str
+)
+def test_blocks_of_every_family(family: str, itemsize: int, width: int) -> None:
+    """What other GPUs would choose for other widths gives the same numbers."""
+    case = RelationalCase(
+        kernel_size=(1, 3, 3), clip=(1, 5, 3), batch=2, queries=2, channels=20, value_channels=12, mixed=12, eps=1e-2,
+        seed=33,
+    )  # fmt: skip
+    choose = tuning.relational
+
+    def config(kind: str, clips: int, size: Any, queries: int, channels: Any, window: Any, *_: Any) -> Any:
+        return choose(kind, clips, size, queries, (width,) * 4, window, itemsize, family)
+
+    with mock.patch.object(tuning, "relational", config):
+        check(case, "triton")
+
+
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 

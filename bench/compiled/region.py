@@ -33,6 +33,10 @@ class RegionCase(NamedTuple):
     layout: str = "contiguous"
 
     @property
+    def may_spill(self) -> bool:
+        return False
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return torch_dtype(self.dtype)
 

@@ -29,6 +29,12 @@ class RelationalCase(NamedTuple):
     eps: float | None = 1e-6
     layout: str = "contiguous"
 
+    @property
+    def may_spill(self) -> bool:
+        """Four-byte operands of 128 channels fill the registers, whatever the blocks."""
+        width = max(self.channels, self.values or 0) * (2 if self.queries > 8 else 1)
+        return torch_dtype(self.dtype).itemsize == 4 and width > 64
+
     def launch(self) -> None:
         """Through the op's own host code, on meta tensors: q, k and v are parts of one projection."""
         from dyreg_triton.ops import relational_launches as ops

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,75 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
 
 
 RELATIONAL_LIMIT = {"L": 16, "C": 128, "D": 128, "E": 128, "F": 128}
+_WIDTHS = (8, 16, 32, 64, 128)
+
+# Blocks by width of the tiles, of the widths above. From many, the first of a list by falling size that compiles for
+# every target of its family without spills (but for four-byte operands beyond 64) and within the least of their
+# shared memories, read from the machine code.
+_RELATIONAL: dict[tuple[str, bool], dict[str, tuple[RelationalConfig, ...]]] = {}
+
+
+def _blocks(names: str, *rows: tuple[Any, ...]) -> tuple[RelationalConfig, ...]:
+    """One config per width; the last row holds for the widths beyond."""
+    found = [RelationalConfig(**dict(zip(names.split(), row, strict=True))) for row in rows]
+    return tuple(found + [found[-1]] * (len(_WIDTHS) - len(found)))
+
+
+_CHAIN = "block_p block_c num_warps num_stages"
+_KEYS = "plane block_p block_c block_d num_warps num_stages"
+_VALUES = "plane block_p block_d num_warps num_stages"
+_BY_H1 = "block_m block_c block_d num_warps num_stages"
+_BY_H2 = "block_p block_m num_warps num_stages"
+_RELATIONAL["nvidia", True] = {
+    "forward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (8, 16, 8, 2)),
+    "backward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2), (8, 8, 8, 1)),
+    "fold_keys": _blocks(
+        _KEYS, ((8, 8), 16, 16, 32, 4, 2), ((8, 8), 16, 16, 32, 8, 2), ((8, 8), 16, 16, 32, 8, 2),
+        ((4, 8), 16, 16, 16, 8, 1),
+    ),
+    "fold_values": _blocks(_VALUES, ((8, 8), 8, 32, 4, 2), ((8, 8), 8, 32, 8, 2), ((8, 8), 16, 16, 8, 2)),
+    "by_h1": _blocks(_BY_H1, (32, 16, 32, 4, 2), (32, 16, 32, 4, 2), (32, 16, 32, 8, 2), (32, 16, 32, 4, 2)),
+    "by_h2": _blocks(_BY_H2, (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (8, 16, 8, 2)),
+}  # fmt: skip
+_RELATIONAL["nvidia", False] = {
+    "forward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2), (8, 8, 8, 1), (4, 8, 8, 1)),
+    "backward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (4, 8, 8, 1)),
+    "fold_keys": _blocks(
+        _KEYS, ((8, 8), 16, 16, 32, 8, 2), ((4, 8), 16, 8, 16, 8, 2), ((4, 8), 16, 8, 16, 8, 2),
+        ((4, 8), 16, 8, 16, 8, 2), ((4, 8), 16, 8, 16, 8, 1),
+    ),
+    "fold_values": _blocks(
+        _VALUES, ((8, 8), 8, 32, 4, 2), ((8, 8), 8, 32, 8, 2), ((4, 8), 8, 16, 8, 1),
+        ((4, 8), 8, 32, 8, 2), ((4, 8), 8, 16, 8, 1),
+    ),
+    "by_h1": _blocks(
+        _BY_H1, (32, 16, 32, 4, 2), (32, 16, 32, 8, 2), (32, 16, 32, 8, 2),
+        (32, 16, 32, 8, 2), (16, 16, 16, 8, 1),
+    ),
+    "by_h2": _blocks(_BY_H2, (16, 16, 8, 2), (8, 16, 4, 2), (8, 16, 4, 2), (4, 16, 4, 1), (2, 16, 4, 1)),
+}  # fmt: skip
+_RELATIONAL["amd", True] = {
+    "forward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (8, 16, 4, 2), (4, 8, 4, 1)),
+    "backward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (8, 16, 4, 2), (4, 8, 4, 1)),
+    "fold_keys": _blocks(_KEYS, ((4, 8), 16, 16, 32, 8, 1), ((4, 8), 16, 8, 16, 8, 1), ((4, 8), 16, 8, 16, 8, 2)),
+    "fold_values": _blocks(
+        _VALUES, ((8, 8), 8, 32, 8, 2), ((8, 8), 8, 32, 8, 2), ((8, 8), 16, 16, 8, 2),
+        ((8, 8), 8, 16, 8, 2), ((8, 8), 8, 32, 4, 2),
+    ),
+    "by_h1": _blocks(_BY_H1, (32, 16, 32, 4, 2), (32, 16, 32, 4, 2), (32, 16, 32, 8, 2)),
+    "by_h2": _blocks(_BY_H2, (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (8, 16, 4, 2), (2, 16, 4, 1)),
+}  # fmt: skip
+_RELATIONAL["amd", False] = {
+    "forward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2), (4, 8, 4, 1), (2, 8, 4, 1)),
+    "backward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1), (4, 8, 4, 1), (2, 8, 4, 1)),
+    "fold_keys": _blocks(
+        _KEYS, ((4, 8), 16, 16, 32, 8, 1), ((4, 8), 16, 8, 16, 8, 1), ((4, 8), 16, 16, 16, 8, 1),
+        ((4, 8), 16, 8, 16, 8, 2),
+    ),
+    "fold_values": _blocks(_VALUES, ((4, 8), 8, 32, 8, 2), ((4, 8), 8, 32, 8, 2), ((8, 8), 8, 16, 8, 2)),
+    "by_h1": _blocks(_BY_H1, (32, 16, 32, 4, 2), (16, 16, 32, 4, 1)),
+    "by_h2": _blocks(_BY_H2, (16, 16, 4, 2), (16, 16, 4, 2), (8, 16, 4, 2), (8, 16, 4, 1), (4, 16, 4, 1)),
+}  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -108,25 +179,44 @@ def relational(
     channels: tuple[int, int, int, int],
     window: tuple[int, int, int],
     itemsize: int,
+    family: str = "nvidia",
 ) -> RelationalConfig:
-    """Blocks for a kernel of relational self-attention; `size` is T, H, W and `channels` C, D, E, F.
+    """Blocks for a kernel of relational self-attention.
+
+    Args:
+        kind: "pack", "forward", "backward", "fold_keys", "fold_values", "by_h1" or "by_h2".
+        clips, size: B and (T, H, W).
+        queries, channels: L and (C, D, E, F).
+        window: (kt, kh, kw).
+        itemsize: bytes of an element.
+        family: "nvidia", "blackwell" or "amd"; or "interpreted", where few and simple programs are the fastest.
 
     The order of evaluation is the first where E <= 2 L: M E (D + F) multiplications per position against
-    L M (D + 2 E + F).
+    L M (D + 2 E + F). Tiles are as wide as the widest of C, D, E, F, and count double for more than eight queries. The
+    sum of a weight's gradient is split among about 256 programs, and the backward takes as many clips at once as have
+    about 16,384 positions: both fill a large GPU, and bound what is held.
     """
-    _, latent, values, features = channels
-    order = "first" if values <= 2 * queries else "second"
-    widest = max(_power_of_two(max(latent, values, features)), 16)
-    num_warps = 8 if widest >= 64 else 4
-    positions = size[0] * size[1] * size[2]
-    blocks = clips * -(-positions // 16)
-    if kind in ("forward", "backward"):
-        return RelationalConfig(order=order, num_warps=num_warps)
-    if kind in ("fold_keys", "fold_values"):
-        plane = (min(8, _power_of_two(size[1])), min(8, _power_of_two(size[2])))
-        return RelationalConfig(plane=plane, num_warps=num_warps)
-    if kind == "by_h1":
-        return RelationalConfig(block_m=32 if widest >= 64 else 16, splits=min(8, blocks), num_warps=num_warps)
-    if kind == "by_h2":
-        return RelationalConfig(splits=min(32, blocks), num_warps=num_warps)
-    return RelationalConfig(block_p=32, block_m=32)
+    if kind == "pack":
+        return RelationalConfig(block_p=32, block_m=32)
+    values = channels[2]
+    width = max(max(channels) * (2 if queries > 8 else 1), 8)
+    if family == "interpreted":
+        config = RelationalConfig(block_m=32)
+    else:
+        table = _RELATIONAL["amd" if family == "amd" else "nvidia", itemsize <= 2]
+        config = table[kind][min(_power_of_two(width).bit_length() - 4, len(_WIDTHS) - 1)]
+    if family == "blackwell" and kind == "forward" and width > 32:
+        config = replace(config, num_stages=1)  # two spill there
+    positions = math.prod(size)
+    blocks = clips * -(-positions // config.block_p)
+    c, d = (max(least, _power_of_two(n)) for least, n in zip((8, 16), channels, strict=False))
+    by_taps = -(-math.prod(window) // 32) * 32 // config.block_m
+    programs = by_taps if kind == "by_h2" else by_taps * -(-c // config.block_c) * -(-d // config.block_d)
+    plane = [min(most, _power_of_two(n)) for most, n in zip(config.plane, size[1:], strict=True)]
+    return replace(
+        config,
+        order="first" if values <= 2 * queries else "second",
+        plane=(plane[0], plane[1]),
+        splits=max(1, min(blocks, (2 if family == "interpreted" else 256) // programs)),
+        clips=max(1, min(clips, -(-16384 // positions))),
+    )
