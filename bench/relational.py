@@ -80,18 +80,23 @@ class Problem:
         g = torch.randn(self.batch, self.channels, self.queries, *self.size, generator=generator)
         return g.to(device, dtype).transpose(1, 2)
 
+    def neighbours(self) -> int:
+        """Pairs of a position and a neighbour inside the clip: what lies outside is 0 and costs nothing."""
+        axes = zip(self.size, self.window, strict=True)
+        return self.batch * math.prod(sum(max(0, n - abs(i - k // 2)) for i in range(k)) for n, k in axes)
+
     def multiply_adds(self) -> int:
-        """Of the forward, per position: those that the cheaper order of evaluation cannot do without."""
+        """Of the forward: those that the cheaper order of evaluation cannot do without."""
         c = d = e = f = self.channels
-        m, n = self.taps, self.queries
-        first = m * e * (d + f) + n * e * (d + f)  # H2^T X^V and (X^V)^T G, then their products with n queries
-        second = n * m * (d + 2 * e + f) + n * e * f  # kernels and correlations per neighbour, and the identity
+        m, n = self.neighbours(), self.positions * self.queries  # of all positions
+        first = m * e * (d + f) + n * e * (d + f)  # H2^T X^V and (X^V)^T G, then their products with the queries
+        second = self.queries * m * (d + 2 * e + f) + n * e * f  # kernels and correlations per neighbour; identity
         return m * c * d + n * c * d + min(first, second)
 
     def operations(self, backward: bool) -> int:
         """Useful floating-point operations. A product of two factors has two gradients, each of the same cost, so the
         backward has twice the forward's; what it computes again to save memory is not useful and does not count."""
-        return 2 * self.multiply_adds() * self.positions * (3 if backward else 1)
+        return 2 * self.multiply_adds() * (3 if backward else 1)
 
     def floor_bytes(self, itemsize: int, backward: bool) -> int:
         """Bytes that cannot be avoided: every input and output once per use."""
@@ -269,6 +274,9 @@ def _row(
     # convolutions round float32 to TensorFloat-32 by default, which is not the precision that is compared here
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         errors = _errors(contenders, wanted, backward, dtype, device)
+        for name, error in errors.items():
+            if not error <= TOLERANCE[dtype]:
+                print(f"{name} has error {error:.2g} > {TOLERANCE[dtype]:g}: left out")
         contenders = {name: c for name, c in contenders.items() if errors.get(name, math.inf) <= TOLERANCE[dtype]}
         if "ours" not in contenders:
             return None
@@ -347,7 +355,7 @@ def plot(files: Sequence[Path], out: Path) -> None:
     if not rows:
         raise ValueError(f"no rows of the parts {' and '.join(sweeps)} in {', '.join(map(str, files)) or 'no file'}")
     with rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(14, 3.6 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(14, 4 * len(rows)), layout="constrained")
         axes = figure.subplots(len(rows), 4, squeeze=False)
         for line_of_axes, (device, cells) in zip(axes, rows.items(), strict=True):
             quantities = [(part, quantity) for part in sweeps for quantity in ("seconds", "extra_bytes")]
@@ -357,13 +365,14 @@ def plot(files: Sequence[Path], out: Path) -> None:
                         _draw(ax, cells, part, quantity, name, mode, color, style)
                 ax.set(
                     xlabel=sweeps[part],
-                    ylabel="milliseconds" if quantity == "seconds" else "peak memory beyond the inputs, MiB",
+                    ylabel="milliseconds" if quantity == "seconds" else "peak memory, MiB",
                     title=_title(device, part, cells),
                     xlim=(0, None),
                     ylim=(0, None),
                 )
                 ax.grid(alpha=0.3)
-            line_of_axes[0].legend(frameon=False)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, format="svg", metadata={"Date": None})
 

@@ -116,41 +116,45 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def family() -> str:
-    """What launches compile for, as configs tell GPUs apart: "nvidia", "blackwell", "amd"; or "interpreted"."""
+def family(tensor: Tensor) -> str:
+    """What launches on `tensor` compile for, as configs tell GPUs apart: nvidia, blackwell, amd; or interpreted."""
     from triton.runtime import driver
 
     from .kernels.common import interpreted
 
     if interpreted():
         return "interpreted"
-    target = driver.active.get_current_target()
+    with _device_of(tensor):
+        target = driver.active.get_current_target()
     if target.backend != "cuda":
         return "amd"
     return "blackwell" if target.arch >= 100 else "nvidia"
 
 
-def precision(dtype: torch.dtype, highest: str = "ieee") -> str:
+def precision(tensor: Tensor, highest: str = "ieee") -> str:
     """How float32 operands are multiplied: as torch.get_float32_matmul_precision() says for torch's own products.
 
     `highest` is what that setting means on NVIDIA: "ieee", or "tf32x3" for float32's accuracy from tensor cores, by
     three products of operands split in two.
     """
-    if dtype != torch.float32 or torch.version.hip:
+    if tensor.dtype != torch.float32 or torch.version.hip:
         return "ieee"
     if torch.get_float32_matmul_precision() == "highest":
-        return highest if highest == "ieee" or family() in ("nvidia", "blackwell") else "ieee"
+        return highest if highest == "ieee" or family(tensor) in ("nvidia", "blackwell") else "ieee"
     return "tf32"
 
 
-def register_limit(registers: int | None) -> dict[str, int]:
+def register_limit(registers: int | None, tensor: Tensor) -> dict[str, int]:
     """A limit of registers per thread as a launch option, which only NVIDIA's compiler takes."""
-    return {"maxnreg": registers} if registers is not None and family() in ("nvidia", "blackwell") else {}
+    return {"maxnreg": registers} if registers is not None and family(tensor) in ("nvidia", "blackwell") else {}
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def launch(kernel: Any, programs: int, tensor: Tensor, *args: Any, **constants: Any) -> None:
     """Run `programs` programs of a Triton kernel under the device of `tensor`."""
-    guard = torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
-    with guard:
+    with _device_of(tensor):
         # said out loud, because a later Triton turns fused multiply-add off by default
         kernel[(programs,)](*args, **constants, enable_fp_fusion=True)

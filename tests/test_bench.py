@@ -89,15 +89,14 @@ def test_an_error_that_is_nan_is_infinite():
 
 def test_a_large_product_tells_the_matrix_rate(monkeypatch):
     machine = measure.Machine(torch.device("cpu"), "test", 1.0)
-    times = iter([0.5] * 10 + [0.25] + [0.5] * 9)
+    times = iter([0.5] * 6 + [0.25] + [0.5] * 393)
 
     def seconds(self, call):
-        call()
         return next(times)
 
     monkeypatch.setattr(measure.Machine, "seconds", seconds)
-    assert machine.matrix_rate(torch.float32) == 8 * 1024**3
-    assert machine.matrix_rate(torch.float32) == 8 * 1024**3  # asked once
+    assert machine.matrix_rate(torch.float32) == 8 * 512**3
+    assert machine.matrix_rate(torch.float32) == 8 * 512**3  # asked once
     assert next(times, None) is None
 
 
@@ -192,14 +191,21 @@ def test_a_wrong_contender_is_not_timed(small, tmp_path, monkeypatch, failure):
 
 
 def test_useful_operations_are_those_of_the_cheaper_order():
-    first = relational.Problem(
-        1, 4, (1, 1, 2), queries=8, window=(1, 1, 3)
-    )  # M C D + L C D + M E (D + F) + L E (D + F)
-    assert first.multiply_adds() == 48 + 128 + 96 + 256
-    assert first.operations(False) == 2 * 2 * first.multiply_adds()
+    first = relational.Problem(1, 4, (1, 1, 2), queries=8, window=(1, 1, 3))
+    assert first.neighbours() == 4  # of two positions with three neighbours each, one of them outside
+    assert first.multiply_adds() == 4 * 16 + 16 * 16 + 4 * 32 + 16 * 32  # M C D + L C D + M E (D + F) + L E (D + F)
+    assert first.operations(False) == 2 * first.multiply_adds()
     assert first.operations(True) == 3 * first.operations(False)
-    second = replace(first, queries=1, channels=8)  # M C D + L C D + L M (D + 2 E + F) + L E F
-    assert second.multiply_adds() == 192 + 64 + 96 + 64
+    second = replace(first, queries=1, channels=8)
+    assert second.multiply_adds() == 4 * 64 + 2 * 64 + 4 * 32 + 2 * 64  # M C D + L C D + L M (D + 2 E + F) + L E F
+    assert replace(second, batch=3).multiply_adds() == 3 * second.multiply_adds()
+
+
+@pytest.mark.parametrize("window", [(3, 3, 3), (1, 2, 4), (5, 7, 9)])
+def test_neighbours_are_those_inside_the_clip(window):
+    problem = relational.Problem(2, 1, (2, 3, 5), window=window)
+    inside = dt.reference.relational.windows(torch.ones(2, 1, 2, 3, 5), window)
+    assert problem.neighbours() == inside.sum()
 
 
 def test_the_relational_floor_counts_every_tensor_once_per_use():

@@ -66,7 +66,7 @@ def check(case: RelationalCase, backend: str, **options: Any) -> None:
         return y
 
     if INTERPRETED and backend == "triton" and case.dtype == torch.bfloat16:
-        options.setdefault("tolerance", 2e-2)  # the interpreter stores by rounding towards zero
+        options.setdefault("tolerance", 3e-2)  # the interpreter stores by rounding towards zero
     with dt.backend(backend):
         check_call(op, dt.reference.relational_attention, case.call(), repeat=not INTERPRETED, opcheck=False, **options)
 
@@ -568,7 +568,7 @@ def test_norms_are_taken_in_float32(backend: str, dtype: torch.dtype) -> None:
     wide = {name: leaf(t.double()) for name, t in values.items()}
     with dt.backend(backend):
         y = case.function(dt.ops)(**values)
-    rounding = 2e-2 if INTERPRETED and backend == "triton" and dtype == torch.bfloat16 else 1e-2  # see check
+    rounding = 3e-2 if INTERPRETED and backend == "triton" and dtype == torch.bfloat16 else 1e-2  # see check
     assert_close(y, case.function(dt.reference)(**wide), tolerance=rounding)
 
 
@@ -677,6 +677,48 @@ def test_blocks_of_every_family(family: str, itemsize: int, width: int) -> None:
         check(case, "triton")
 
 
+# --- what is not finite ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@on_backends
+def test_a_nan_spoils_what_it_reaches(backend: str, name: str) -> None:
+    """And nothing else: a neighbour outside a window is not read, nor one that the padding of taps would reach."""
+    case = RelationalCase(kernel_size=(1, 3, 3), clip=(2, 4, 9), queries=2, eps=1e-2, seed=34)
+    values, grad_output = inputs(case)
+    values[name][..., 1, 2, 4] = float("nan")
+    found = results(case, backend, values, grad_output)
+    wide = {key: leaf(t.double()) for key, t in values.items()}
+    expected = value_and_gradients(case.function(dt.reference), wide, grad_output.double())
+    for key in ("out", "grad_q", "grad_k", "grad_v"):
+        spoilt, wanted = ~found[key].isfinite(), ~expected[key].isfinite()
+        assert wanted.any() or key == "grad_v"
+        assert not wanted.all()
+        if backend == "triton" and key == "grad_v":  # a tile of it shares its neighbours
+            assert not (wanted & ~spoilt).any()
+            assert not spoilt[..., 0, :, :].any(), "another frame"
+        else:
+            assert_identical(spoilt, wanted)
+
+
+@on_backends
+def test_what_follows_may_have_no_gradient(backend: str) -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    case = RelationalCase(clip=(1, 2, 2))
+    values = {name: leaf(t) for name, t in inputs(case)[0].items()}
+    with dt.backend(backend):
+        Stop.apply(case.function(dt.ops)(**values)).backward()
+    assert all(t.grad is None or not t.grad.any() for t in values.values())
+
+
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
@@ -697,6 +739,19 @@ def test_sizes_beyond_the_kernels(beyond: dict[str, int], named: str) -> None:
         y = case.function(dt.ops)(**values)
     with dt.backend("eager"):
         assert_identical(y, case.function(dt.ops)(**values))
+    compiled = torch.compile(case.function(dt.ops), backend="aot_eager", fullgraph=True)
+    with dt.backend("auto"), pytest.warns(UserWarning, match=f"{named}; .*eager backend computes this call"):
+        compiled(**values)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("block_p", 1), ("block_p", 3), ("block_m", 8), ("block_m", 64), ("block_c", 4), ("block_d", 8), ("splits", 0),
+     ("clips", 0), ("plane", (3, 4)), ("num_warps", 3), ("num_stages", 0), ("order", "third")],
+)  # fmt: skip
+def test_configs_that_no_kernel_takes(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"RelationalConfig: {field} is .*; accepted"):
+        tuning.RelationalConfig(**{field: value})
 
 
 @pytest.mark.parametrize("eps", [None, 1e-6])
@@ -878,7 +933,7 @@ def test_input_changed_before_backward(backend: str, name: str) -> None:
 @pytest.mark.parametrize("context", ["V", "V+R"])
 @pytest.mark.parametrize("eps", [None, 1e-6])
 def test_little_is_saved_for_backward(eps: float | None, context: str) -> None:
-    """The inputs, and at most two tensors of the size of q; norms are a number for each vector."""
+    """The inputs, and at most two tensors of the size of q."""
     size, clip = 8, (1, 3, 4)
     case = RelationalCase(
         context=context, clip=clip, queries=2, channels=size, latent=size, value_channels=size, mixed=size, eps=eps
@@ -895,9 +950,8 @@ def test_little_is_saved_for_backward(eps: float | None, context: str) -> None:
     with dt.backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = case.function(dt.ops)(**leaves)
     assert y.requires_grad
-    norms = 0 if eps is None else (case.queries + 2) * clip[0] * clip[1] * clip[2]
-    assert len(kept) <= (2 if eps is None else 5)
-    assert sum(kept.values()) <= 4 * (2 * leaves["q"].numel() + norms)
+    assert len(kept) <= 2
+    assert sum(kept.values()) <= 4 * 2 * leaves["q"].numel()
 
 
 SMALLEST = RelationalCase(clip=(1, 2, 2), queries=2, channels=2, latent=2, value_channels=3, mixed=2)

@@ -65,7 +65,7 @@ class RSA(nn.Module):
         kernel: "V" (basic), "R" (relational) or "V+R".
         context: "V" (basic), "R" (relational) or "V+R".
         correlation_groups: G of the paper's table 4d: query and key are correlated in G groups of their channels, each
-            with one filter of H1. By default C, the Hadamard product; 1 is the dot product.
+            with one filter of H1. By default C, the Hadamard product; 1 is the dot product. Not for kernel "V".
         basic_projection: whether kernel "V" has P1, as in the paper; the published code's has none, kappa^V = q H2^T.
 
     Shapes: x (B, in_channels, T, H, W), any strides -> y (B, out_channels, T', H', W') with T' = ceil(T / st) and so
@@ -118,6 +118,10 @@ class RSA(nn.Module):
         self.kernel = choice("RSA", "kernel", kernel, KINDS)
         self.context = choice("RSA", "context", context, KINDS)
         self.correlation_groups = groups = count("correlation_groups", correlation_groups, keys)
+        if correlation_groups is not None and kernel == "V":
+            raise ValueError(
+                f"RSA: correlation_groups is {groups} with kernel 'V'; accepted with it is None: it correlates nothing"
+            )
         if keys % groups:
             raise ValueError(f"RSA: correlation_groups is {groups}; accepted is a divisor of key_channels, {keys}")
         if not flag("RSA", "basic_projection", basic_projection) and (kernel != "V" or keys != latent):

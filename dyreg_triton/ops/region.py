@@ -144,7 +144,7 @@ def _constants(
         "N": regions.shape[-2], "H": size[0], "W": size[1], "PROFILE": profile,
         "ACC": accumulator(kernel_input.dtype),
         "BLOCK_N": config.block_n, "BLOCK_P": config.block_p, "BLOCK_AXIS": 32, "num_warps": config.num_warps,
-        **register_limit(config.registers),
+        **register_limit(config.registers, kernel_input),
     }  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def _gather(
         x, x if v is None else v.contiguous(), regions.contiguous(), pooled, rows, temperature,
         channels, lead1, lead2, *layout.strides,
         NODES=nodes, MOMENTS=v is not None,
-        PRECISION=precision(x.dtype), BLOCK_C=config.block_c, **layout.constants(),
+        PRECISION=precision(x), BLOCK_C=config.block_c, **layout.constants(),
         **_constants(x, regions, (size[0], size[1]), profile, config),
     )  # fmt: skip
     return pooled, rows if v is None else _summed(rows, regions)
@@ -197,7 +197,7 @@ def _scatter(
         v.contiguous(), read, regions.contiguous(), y, rows, temperature,
         channels, lead1, lead2, *x_layout.strides, *y_layout.strides,
         MOMENTS=x is not None,
-        PRECISION=precision(y.dtype), BLOCK_C=config.block_c, **x_layout.constants("X_"), **y_layout.constants("Y_"),
+        PRECISION=precision(y), BLOCK_C=config.block_c, **x_layout.constants("X_"), **y_layout.constants("Y_"),
         **_constants(y, regions, (size[0], size[1]), profile, config),
     )  # fmt: skip
     return None if x is None else _summed(rows, regions)

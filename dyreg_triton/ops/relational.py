@@ -58,8 +58,8 @@ def relational_attention(
         identity: (E, F), the basic context beside g, or None.
         eps: None, or the number with which q and k (over C) and v (over E) are L2-normalised, x / sqrt(sum x^2 + eps).
 
-    All tensors have one dtype and device. Every argument is differentiable. Triton takes L up to 16 and C, D, E, F
-    up to 128; beyond, "auto" takes eager and warns.
+    All tensors have one dtype and device. Every argument is differentiable. Triton takes L up to 16, C, D, E, F
+    up to 128 and windows up to 65,536 taps; beyond, "auto" takes eager and warns.
 
     Returns:
         y (B, L, F or E, T, H, W) in their dtype, a view of (B, F, L, T, H, W) memory: `y.transpose(1, 2).flatten(1, 2)`
@@ -93,7 +93,7 @@ def _backend(problem: Problem, call: dict[str, Tensor]) -> str:
     name = choose("relational_attention", problem.q, call)
     if name != "triton":
         return name
-    sizes = dict(zip("LCDEF", (problem.q.shape[1], *problem.channels), strict=True))
+    sizes = dict(zip("LCDEFM", (problem.q.shape[1], *problem.channels, problem.taps), strict=True))
     beyond = [f"{letter} = {size}" for letter, size in sizes.items() if size > tuning.RELATIONAL_LIMIT[letter]]
     if not beyond:
         return name
@@ -101,9 +101,15 @@ def _backend(problem: Problem, call: dict[str, Tensor]) -> str:
     message = f"relational_attention: {', '.join(beyond)}; accepted on the triton backend is {limits}"
     if current_backend() == "triton":
         raise ValueError(f'{message}; dyreg_triton.backend("eager") takes any; call: {describe(call)}')
-    if not torch.compiler.is_compiling():
-        warnings.warn(f"{message}; the eager backend computes this call", stacklevel=3)
+    _say(f"{message}; the eager backend computes this call")
     return "eager"
+
+
+def _say(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+_say._dynamo_marked_constant = True  # type: ignore[attr-defined]  # when compiling: once, while tracing
 
 
 # --- the Triton path: an op is schema, implementation, fake, autograd, and a backward op of its own ---------
@@ -158,7 +164,9 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> No
     ctx.save_for_backward(*output[1:], *tensors)
 
 
-def _autograd(ctx: Any, dy: Tensor, *_: None) -> tuple:
+def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple:
+    if dy is None:  # whatever came after y has no gradient
+        return (None,) * 10
     needs = list(ctx.needs_input_grad[:8])
     gradients = _attend_backward(dy, *ctx.saved_tensors, ctx.eps, needs)
     return *(t if need else None for t, need in zip(gradients, needs, strict=True)), None, None

@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     def config(self, kind: str) -> tuning.RelationalConfig:
         clips, queries = self.q.shape[:2]
         return tuning.relational(
-            kind, clips, self.size, queries, self.channels, self.window, self.q.element_size(), family()
+            kind, clips, self.size, queries, self.channels, self.window, self.q.element_size(), family(self.q)
         )
 
     def constants(self, *names: str) -> dict[str, Any]:
@@ -134,12 +134,14 @@ _EVERY = (
 )  # fmt: skip
 
 
-def _block(config: tuning.RelationalConfig, problem: Problem, name: str) -> Any:
+def _block(config: tuning.RelationalConfig, problem: Problem, name: str) -> int:
     """A block size; of channels no more than there are."""
     c, d, e, _ = problem.channels
-    most = {"BLOCK_C": _pad(c, 8), "BLOCK_D": _pad(d), "BLOCK_E": _pad(e, 8)}
-    field = "block_c" if name == "BLOCK_E" else name.lower()
-    return min(getattr(config, field), most.get(name, 128))
+    if name in ("BLOCK_P", "BLOCK_M"):
+        return getattr(config, name.lower())
+    if name == "BLOCK_D":
+        return min(config.block_d, _pad(d))
+    return min(config.block_c, _pad(c if name == "BLOCK_C" else e, 8))
 
 
 def _blocks(config: tuning.RelationalConfig, problem: Problem, queries: int, *names: str) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def _blocks(config: tuning.RelationalConfig, problem: Problem, queries: int, *na
     block_l = max(queries, 1 << (problem.q.shape[1] - 1).bit_length())
     return {
         **{name: _block(config, problem, name) for name in names},
-        "BLOCK_L": block_l, "PRECISION": precision(problem.q.dtype, "tf32x3"),
+        "BLOCK_L": block_l, "PRECISION": precision(problem.q, "tf32x3"),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 

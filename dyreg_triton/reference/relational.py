@@ -6,7 +6,6 @@ what lies outside the clip is 0.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..autocast import full_precision
-from ..validate import is_dense, what
-from ..validate.relational import relational_arguments
+from ..validate.relational import relational_arguments, vanilla_arguments
 
 
 def windows(x: Tensor, kernel_size: tuple[int, int, int]) -> Tensor:
@@ -96,25 +94,23 @@ def vanilla_relational_attention(
     Raises:
         ValueError, TypeError: as `relational_attention`.
     """
-    op = "vanilla_relational_attention"
-    if not is_dense(h) or h.dim() != 5 or h.shape[-1] != math.prod(h.shape[1:4]):
-        raise ValueError(f"{op}: h is {what(h)}; accepted is a tensor (C, kt, kh, kw, M) with M = kt * kh * kw")
-    if p is not None and (not is_dense(p) or p.shape != (h.shape[-1], h.shape[0])):
-        raise ValueError(f"{op}: p is {what(p)}; accepted is a tensor (M, C) = {(h.shape[-1], h.shape[0])}, or None")
-    # one column of h stands for h1 and h2, which are all that is not the same
-    one = {"h1": h[None, ..., 0].transpose(0, 1), "h2": h[:1, ..., 0], "p1": None}
-    relational_arguments(op, {"q": q, "k": k, "v": v, **one, "g": g, "identity": identity}, eps)
+    vanilla_arguments(
+        "vanilla_relational_attention", {"q": q, "k": k, "v": v, "h": h, "p": p, "g": g, "identity": identity}, eps
+    )
     size = (h.shape[1], h.shape[2], h.shape[3])
-    query = l2_normalised(q, 2, eps)
-    keys, context = windows(l2_normalised(k, 1, eps), size), windows(l2_normalised(v, 1, eps), size)
-    correlation = torch.einsum("blcthw,bcthwm->blcthwm", query, keys)
-    kappa = torch.einsum("blcthwm,cmi->blthwi", correlation, h.flatten(1, 3))
-    if p is not None:
-        kappa = kappa + torch.einsum("blcthw,ic->blthwi", query, p)
-    basic = context if identity is None else torch.einsum("bethwm,ef->bfthwm", context, identity)
-    if g is None:
-        return torch.einsum("blthwm,bfthwm->bflthw", kappa, basic).transpose(1, 2)
-    self_correlation = torch.einsum("bethwm,bethwi->bthwmi", context, context)
-    relational = torch.einsum("bthwmi,fi->bfthwm", self_correlation, g.flatten(1))
-    both = relational if identity is None else basic + relational
-    return torch.einsum("blthwm,bfthwm->bflthw", kappa, both).transpose(1, 2)
+    with full_precision(q.device.type):
+        queries, keys, values, matrix, basic, latent, mixed = _wide(q, k, v, h, p, g, identity)
+        queries = l2_normalised(queries, 2, eps)
+        keys, context = windows(l2_normalised(keys, 1, eps), size), windows(l2_normalised(values, 1, eps), size)
+        correlation = torch.einsum("blcthw,bcthwm->blcthwm", queries, keys)
+        kappa = torch.einsum("blcthwm,cmi->blthwi", correlation, matrix.flatten(1, 3))
+        if basic is not None:
+            kappa = kappa + torch.einsum("blcthw,ic->blthwi", queries, basic)
+        if latent is not None:
+            self_correlation = torch.einsum("bethwm,bethwi->bthwmi", context, context)
+            relational = torch.einsum("bthwmi,fi->bfthwm", self_correlation, latent.flatten(1))
+            if mixed is not None:
+                relational = torch.einsum("bethwm,ef->bfthwm", context, mixed) + relational
+            context = relational
+        y = torch.einsum("blthwm,bfthwm->bflthw", kappa, context)
+        return y.to(q.dtype).contiguous().transpose(1, 2)

@@ -34,7 +34,7 @@ def _power_of_two(n: int) -> int:
 class RelationalConfig:
     """Block sizes of one launch of relational self-attention: positions, taps of the window, channels, latent channels.
 
-    `block_m` divides 32, to which the taps are padded.
+    `block_m` is 16 or 32, to which the taps are padded.
     `order` of evaluation: "first" by matrices per position, "second" by kernels and correlations per neighbour.
     `plane`: rows and columns of the tile of positions whose keys' or values' gradient a program sums.
     `splits`: how many programs share the sum of a weight's gradient.
@@ -51,6 +51,27 @@ class RelationalConfig:
     clips: int = 1
     num_warps: int = 4
     num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        # products contract over 16 terms or more: taps, latent channels, and positions times queries, of at least 8
+        least = {"block_p": 2, "block_m": 16, "block_c": 8, "block_d": 16, "num_warps": 1, "num_stages": 1}
+        most = {"block_m": 32}
+        powers = {
+            **{name: getattr(self, name) for name in least if name != "num_stages"},
+            "plane": math.prod(self.plane),
+        }
+        for name, value in powers.items():
+            low, high = least.get(name, 1), most.get(name, 1024)
+            if not low <= value <= high or value & (value - 1):
+                raise ValueError(
+                    f"RelationalConfig: {name} is {getattr(self, name)!r}; accepted are powers of two "
+                    f"from {low} to {high}"
+                )
+        for name in ("splits", "clips", "num_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RelationalConfig: {name} is {getattr(self, name)!r}; accepted is an integer > 0")
+        if self.order not in ("first", "second"):
+            raise ValueError(f"RelationalConfig: order is {self.order!r}; accepted are 'first' and 'second'")
 
 
 # (channels, cells) per program: the largest tiles that stay below about 128 registers a thread on sm_90 (read from the
@@ -98,7 +119,7 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
     return Config(block_n, block_c, block_p, num_warps, 255 if unlimited else None)
 
 
-RELATIONAL_LIMIT = {"L": 16, "C": 128, "D": 128, "E": 128, "F": 128}
+RELATIONAL_LIMIT = {"L": 16, "C": 128, "D": 128, "E": 128, "F": 128, "M": 65536}
 _WIDTHS = (8, 16, 32, 64, 128)
 
 # Blocks by width of the tiles, of the widths above. From many, the first of a list by falling size that compiles for
@@ -125,8 +146,11 @@ _RELATIONAL["nvidia", True] = {
         _KEYS, ((8, 8), 16, 16, 32, 4, 2), ((8, 8), 16, 16, 32, 8, 2), ((8, 8), 16, 16, 32, 8, 2),
         ((4, 8), 16, 16, 16, 8, 1),
     ),
-    "fold_values": _blocks(_VALUES, ((8, 8), 8, 32, 4, 2), ((8, 8), 8, 32, 8, 2), ((8, 8), 16, 16, 8, 2)),
-    "by_h1": _blocks(_BY_H1, (32, 16, 32, 4, 2), (32, 16, 32, 4, 2), (32, 16, 32, 8, 2), (32, 16, 32, 4, 2)),
+    "fold_values": _blocks(
+        _VALUES, ((8, 8), 8, 32, 4, 2), ((8, 8), 8, 32, 8, 2), ((8, 8), 16, 16, 8, 2),
+        ((8, 8), 16, 16, 8, 2), ((8, 8), 8, 16, 8, 2),
+    ),
+    "by_h1": _blocks(_BY_H1, (32, 16, 32, 4, 2), (32, 16, 32, 4, 2), (32, 16, 32, 8, 2)),
     "by_h2": _blocks(_BY_H2, (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (8, 16, 8, 2)),
 }  # fmt: skip
 _RELATIONAL["nvidia", False] = {
