@@ -144,7 +144,7 @@ _RELATIONAL["nvidia", True] = {
     "backward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2), (8, 8, 8, 1)),
     "fold_keys": _blocks(
         _KEYS, ((8, 8), 16, 16, 32, 4, 2), ((8, 8), 16, 16, 32, 8, 2), ((8, 8), 16, 16, 32, 8, 2),
-        ((4, 8), 16, 16, 16, 8, 1),
+        ((8, 8), 16, 8, 32, 8, 2),
     ),
     "fold_values": _blocks(
         _VALUES, ((8, 8), 8, 32, 4, 2), ((8, 8), 8, 32, 8, 2), ((8, 8), 16, 16, 8, 2),
@@ -237,6 +237,9 @@ def relational(
     by_taps = -(-math.prod(window) // 32) * 32 // config.block_m
     programs = by_taps if kind == "by_h2" else by_taps * -(-c // config.block_c) * -(-d // config.block_d)
     plane = [min(most, _power_of_two(n)) for most, n in zip(config.plane, size[1:], strict=True)]
+    tiles = clips * size[0] * -(-size[1] // plane[0]) * -(-size[2] // plane[1])
+    if kind == "fold_values" and tiles < 128 and plane[0] > 4:  # half a large GPU would idle
+        plane[0] //= 2
     return replace(
         config,
         order="first" if values <= 2 * queries else "second",
