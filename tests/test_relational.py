@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -103,9 +104,13 @@ def reference_results(case: RelationalCase) -> dict[str, Tensor | None]:
 
 
 def hypothesis_test(dtypes: tuple[torch.dtype, ...], examples: int) -> Callable[..., None]:
-    """A test over random cases: 300 over the dtypes of a GPU. `backend` comes from the caller's mark."""
+    """A test over random cases: 300 over the dtypes of a GPU. `backend` comes from the caller's mark.
 
-    @settings(examples // 4 if INTERPRETED else examples)
+    On a GPU each is compiled, nine kernels for seconds, so there are fewer, unless FULL=1.
+    """
+    compiles = DEVICE.type == "cuda" and os.environ.get("FULL", "0") != "1"
+
+    @settings(examples // 4 if INTERPRETED else examples // 8 if compiles else examples)
     @given(case=relational_cases(dtypes=dtypes))
     @example(case=RelationalCase(kernel_size=(2, 3, 3), queries=3, eps=1e-2, zeros=True, dtype=dtypes[0], seed=5))
     def test(backend: str, case: RelationalCase) -> None:

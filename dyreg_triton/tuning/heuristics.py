@@ -157,10 +157,7 @@ _RELATIONAL["nvidia", False] = {
     "forward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (8, 8, 8, 1), (4, 8, 8, 1)),
     "backward": _blocks(_CHAIN, (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (4, 8, 8, 1)),
     "fold_keys": _blocks(_KEYS, ((8, 8), 16, 16, 32, 8, 2), ((4, 8), 16, 8, 16, 8, 2), ((4, 8), 16, 8, 16, 8, 1)),
-    "fold_values": _blocks(
-        _VALUES, ((8, 8), 8, 32, 4, 2), ((8, 8), 8, 32, 8, 2), ((4, 8), 8, 16, 8, 1),
-        ((4, 8), 8, 32, 8, 2), ((4, 8), 8, 16, 8, 1),
-    ),
+    "fold_values": _blocks(_VALUES, ((8, 8), 8, 32, 4, 2), ((8, 8), 8, 32, 8, 2), ((4, 8), 8, 16, 8, 1)),
     "by_h1": _blocks(
         _BY_H1, (32, 16, 32, 4, 2), (32, 16, 32, 8, 2), (16, 16, 32, 8, 2),
         (16, 16, 32, 8, 2), (16, 16, 16, 8, 1),
@@ -226,6 +223,8 @@ def relational(
     else:
         table = _RELATIONAL["amd" if family == "amd" else "nvidia", itemsize <= 2]
         config = table[kind][min(_power_of_two(width).bit_length() - 4, len(_WIDTHS) - 1)]
+    if queries > 8 and kind in ("fold_values", "by_h2"):  # their products run over positions and queries
+        config = replace(config, block_p=max(config.block_p // 2, 2))
     if family == "blackwell" and kind == "forward" and width > 32:
         config = replace(config, num_stages=1)  # two spill there
     positions = math.prod(size)
