@@ -154,6 +154,15 @@ def test_relational_float32():
     fit_relational("sm_90", RelationalCase(16, (28, 28), "float32"))
 
 
+@pytest.mark.parametrize(("target", "highest"), [("sm_80", "tf32x3"), ("sm_100", "tf32x3"), ("gfx942", "ieee")])
+def test_highest_precision_of_a_family(target, highest):
+    from dyreg_triton import launch
+
+    with compiled.compiling(target):
+        assert launch.precision(torch.empty(0), "tf32x3") == highest
+        assert launch.precision(torch.empty(0)) == "ieee"
+
+
 def test_relational_of_ones():
     """Constants to the compiler, unlike to the interpreter."""
     case = RelationalCase(1, (1, 1), frames=1, queries=1, window=(1, 1, 1), batch=1, eps=None)

@@ -337,7 +337,7 @@ def test_precision_follows_torch():
     try:
         for setting, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert launch.precision(torch.float32) == (wanted if not torch.version.hip else "ieee")
-            assert launch.precision(torch.bfloat16) == "ieee"
+            assert launch.precision(torch.empty(0)) == (wanted if not torch.version.hip else "ieee")
+            assert launch.precision(torch.empty(0, dtype=torch.bfloat16), "tf32x3") == "ieee"
     finally:
         torch.set_float32_matmul_precision(former)
