@@ -24,12 +24,14 @@ lint: $(BIN)/.installed  ## style (ruff) and types (mypy)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# one thread a worker, one worker a core
+test: export OMP_NUM_THREADS = 1
 test: lint  ## everything that a change must pass
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels
-	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m kernels
+	$(BIN)/python -m pytest -n auto
 
 full: $(BIN)/.installed  ## the random tests of the kernels with as many examples as on a GPU: half an hour interpreted
-	FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels tests/test_region.py
+	FULL=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m kernels tests/test_region.py tests/test_relational.py
 
 demo: $(BIN)/.installed  ## dynamic regions learn to find real handwritten digits
 	$(BIN)/python -m dyreg_triton.demo

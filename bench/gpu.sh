@@ -109,6 +109,7 @@ import importlib.util
 # What one package needs comes with it: the ones already there may be too old for it.
 GROUPS = (
     ("pytest", "pluggy", "iniconfig", "packaging", "pygments"),
+    ("xdist", "execnet"),
     ("hypothesis", "sortedcontainers"),
     ("safetensors",),
     ("numpy",),
@@ -117,6 +118,7 @@ GROUPS = (
     ("mlxtend",),
 )
 MODULES = {"pillow": "PIL"}
+FILES = {"xdist": "pytest_xdist"}
 
 
 def version(package):
@@ -131,7 +133,7 @@ for group in GROUPS:
     if group == ("numpy",) and version("triton") and version("numpy"):
         lacks = lacks or (version("triton") < (3, 7) and version("numpy") >= (2, 4))
     if lacks:
-        print(*group, sep="\n")
+        print(*(FILES.get(name, name) for name in group), sep="\n")
 END
   ) || return
   for name in $lacking; do
@@ -164,6 +166,8 @@ suite() {
   if [[ $DRY_RUN == 1 ]]; then
     "${pytest[@]}" tests/test_testing.py -k "rounding or identical"
   else
+    # a new shape compiles for seconds, which is what the suite waits for: on eight cores
+    "$PYTHON" -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
     "${pytest[@]}" --maxfail=20 --durations=10 -m "not slow and not compiled"
   fi
 }
