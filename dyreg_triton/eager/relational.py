@@ -24,6 +24,7 @@ from torch.nn.grad import conv3d_weight
 
 from ..autocast import full_precision
 
+_FEW = 100  # positions of a padded frame
 _NUMBERS = 1 << 20  # that a step of the walk may hold of queries or of context: 4 MiB of float32
 
 
@@ -125,8 +126,13 @@ class _Call:
         """P1 + X^K * H1 (C, D, t, H, W), or what broadcasts to it; None for the identity."""
         if self.h1 is None:
             return self.p1
-        keys = self.keys[clip, :, seen].unsqueeze(1)
-        k_h1 = torch.cat([_correlated(x, taps) for x, taps in zip(keys, self.h1, strict=True)])
+        keys = self.keys[clip, :, seen]
+        if keys.shape[2] * keys.shape[3] <= _FEW:  # one call for all channels is the faster where each has little to do
+            taps = self.h1.flatten(0, 1).unsqueeze(1)
+            k_h1 = F.conv3d(keys.unsqueeze(0), taps, padding=_margin(self.h1[0]), groups=keys.shape[0])
+            k_h1 = k_h1.view(*self.h1.shape[:2], *k_h1.shape[2:])
+        else:
+            k_h1 = torch.cat([_correlated(x, taps) for x, taps in zip(keys.unsqueeze(1), self.h1, strict=True)])
         return k_h1 if self.p1 is None else k_h1.add_(self.p1)
 
     def context(self, clip: int, seen: slice) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
