@@ -66,8 +66,11 @@ class RelationalCase(NamedTuple):
     def problems(self, code: Code) -> list[str]:
         """Products that do not use tensor cores, and narrow access, in words."""
         found = []
+        e = self.values or self.channels
         products = code.kernel.removeprefix("relational_") in PRODUCTS
-        if products and code.tensor_core == 0:
+        # gfx942 has no matrix instruction for eight columns of four bytes
+        small = code.target == "gfx942" and torch_dtype(self.dtype).itemsize == 4 and min(self.channels, e) <= 8
+        if products and code.tensor_core == 0 and not small:
             found.append("no tensor cores")
         if products and code.load_bytes < 16:  # neighbours are runs of channels
             found.append(f"loads {code.load_bytes} of 16 bytes")
