@@ -122,9 +122,9 @@ def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsi
 RELATIONAL_LIMIT = {"L": 16, "C": 128, "D": 128, "E": 128, "F": 128, "M": 65536}
 _WIDTHS = (8, 16, 32, 64, 128)
 
-# Blocks by width of the tiles, of the widths above. From many, the first of a list by falling size that compiles for
-# every target of its family without spills (but for four-byte operands beyond 64) and within the least of their
-# shared memories, read from the machine code.
+# Blocks by width of the tiles, of the widths above: large ones with which RSANet's stages compile for every target of
+# the family within the least of their shared memories and without spills, read from the machine code. Four-byte operands
+# beyond 64 channels do spill, and TF32's a few bytes on sm_80.
 _RELATIONAL: dict[tuple[str, bool], dict[str, tuple[RelationalConfig, ...]]] = {}
 
 
