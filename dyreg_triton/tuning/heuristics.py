@@ -123,8 +123,8 @@ RELATIONAL_LIMIT = {"L": 16, "C": 128, "D": 128, "E": 128, "F": 128, "M": 65536}
 _WIDTHS = (8, 16, 32, 64, 128)
 
 # Blocks by width of the tiles, of the widths above: large ones with which RSANet's stages compile for every target of
-# the family within the least of their shared memories and without spills, read from the machine code. Four-byte operands
-# beyond 64 channels do spill, and TF32's a few bytes on sm_80.
+# the family within the least of their shared memories and without spills, read from the machine code. Four-byte
+# operands beyond 64 channels do spill, and TF32's a few bytes on sm_80.
 _RELATIONAL: dict[tuple[str, bool], dict[str, tuple[RelationalConfig, ...]]] = {}
 
 
