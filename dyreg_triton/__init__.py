@@ -4,12 +4,24 @@ from typing import TYPE_CHECKING, Any
 
 from . import compat, layers, ops, reference
 from .dispatch import backend
+from .swapping import SwapError, SwapReport, swap
 
 if TYPE_CHECKING:
     from . import testing
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "compat", "layers", "ops", "reference", "testing"]
+__all__ = [
+    "SwapError",
+    "SwapReport",
+    "__version__",
+    "backend",
+    "compat",
+    "layers",
+    "ops",
+    "reference",
+    "swap",
+    "testing",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def version_of(package: str) -> str:
@@ -66,13 +68,92 @@ def environment() -> str:
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(n) for n in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted are positive integers with commas, such as 2,3,8,224,224")
+    return shape
+
+
+def _model(factory: str) -> Any:
+    """What `package.module:factory` names, called if it is no module yet."""
+    from torch import nn
+
+    where, colon, what = factory.partition(":")
+    if not (where and colon and what):
+        raise ValueError(f"factory is {factory!r}; accepted is package.module:factory")
+    if os.getcwd() not in sys.path:  # the installed command does not look there by itself
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(where)
+        for name in what.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as failure:
+        raise ValueError(f"factory is {factory!r}; accepted is what can be imported here: {failure}") from failure
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise ValueError(
+            f"factory is {factory!r}, a {type(found).__name__}; accepted is a function or a torch.nn.Module"
+        )
+    model = found()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"factory is {factory!r}, and returns a {type(model).__name__}; accepted is a torch.nn.Module")
+    return model
+
+
+def _swap(options: argparse.Namespace) -> str:
+    """Swap the layers of a user's own model, and say what came of it."""
+    import torch
+
+    from .swapping import swap
+
+    model = _model(options.factory).to(options.device).train(options.train)
+    if options.dtype:
+        model.to(getattr(torch, options.dtype))
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(first) for shape in options.example]
+    report = swap(model, only=options.only or None, example=tuple(inputs) or None, keep_regions=options.keep_regions)
+    return str(report)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="dyreg-triton", description="Fast, exact layers for video understanding.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("env", help="print what a bug report needs, and which backend would run here and why")
-    parser.parse_args(argv)
-    print(environment())
+    replace = commands.add_parser("swap", help="replace the published layers in your model, and compare and time both")
+    replace.add_argument("factory", help="package.module:factory, which makes the model, or is one")
+    replace.add_argument(
+        "--example",
+        type=_shape,
+        action="append",
+        default=[],
+        metavar="2,3,8,224,224",
+        help="shape of an input of the model, to run both on; once for each input",
+    )
+    replace.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="replace only this path, folder, pattern or class"
+    )
+    replace.add_argument("--device", default="cpu", help="where to run (cpu)")
+    replace.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="the model's (its own)")
+    replace.add_argument("--train", action="store_true", help="in training mode; else in evaluation mode")
+    replace.add_argument(
+        "--keep-regions", action="store_true", help="let dynamic graphs leave their regions to be read"
+    )
+    options = parser.parse_args(argv)
+    if options.command == "env":
+        print(environment())
+        return 0
+    try:
+        print(_swap(options))
+    except (ValueError, TypeError, RuntimeError) as refusal:
+        print(refusal, file=sys.stderr)
+        return 1
     return 0
 
 

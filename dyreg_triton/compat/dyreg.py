@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layers import dyreg, rstg
+from ..layers.generators import Fishnet, GloRe
 from ..layers.norms import ChannelAffineNorm
 from ..validate import choice, flag, is_integer, layer_input, positive_int
+from .families import Family, register
 
 # dyregParams of the published code
 _PARAMS: dict[str, Any] = {
@@ -69,6 +71,32 @@ def _graph_options(op: str, params: Mapping[str, Any], rnn_type: object, iterati
     }
 
 
+# what the published DynamicGraph leaves on itself after a forward, and which of it `keep_regions` offers
+_KEPT = (
+    "kernel",
+    "offsets",
+    "kernel_h",
+    "kernel_w",
+    "kernel_center_h",
+    "kernel_center_w",
+    "nodes",
+    "nodes_wo_position",
+    "aux_feats",
+)
+_LEFT = (
+    "B",
+    "T",
+    "BT",
+    "arange_h",
+    "arange_w",
+    "kernel_foreground",
+    "kernel_background",
+    "global_mean_features",
+    "nodes_background",
+    "nodes_foreground",
+)
+
+
 class RSTG(rstg.RSTG):
     """The published RSTG: nodes (B, T, C, N) -> (B, T, C, N)."""
 
@@ -100,9 +128,10 @@ class RSTG(rstg.RSTG):
 class DynamicGraph(dyreg.DynamicGraph):
     """The published DynamicGraph: (B, T, C, H, W) -> (B, T, C, H, W), no residual.
 
-    With `keep_regions=True` a forward leaves, detached: `kernel` (B*T, h, w, H, W); `offsets` (B*T, N, 1, 4) =
-    (size_h, size_w, centre_h, centre_w) and each of the four as `kernel_h`, `kernel_w`, `kernel_center_h`,
-    `kernel_center_w` (B*T, N, 1).
+    With `keep_regions=True` a forward leaves, detached, what plotting code and the authors' networks read: `kernel`
+    (B*T, h, w, H, W); `offsets` (B*T, N, 1, 4) = (size_h, size_w, centre_h, centre_w) and each of the four as
+    `kernel_h`, `kernel_w`, `kernel_center_h`, `kernel_center_w` (B*T, N, 1); `nodes` as they enter the graph and
+    `nodes_wo_position`, without their embedding, both (B, T, C, N); and the dict `aux_feats`.
     """
 
     ph_buf: Tensor
@@ -180,20 +209,44 @@ class DynamicGraph(dyreg.DynamicGraph):
     def initial_centers(self, device: torch.device) -> Tensor:
         return torch.cat([self.pw_buf, self.ph_buf], dim=-1)[0]
 
-    def _keep(self, regions: Tensor) -> None:
-        flat = regions.detach().flatten(0, 1)
+    def pool(self, features: Tensor, regions: Tensor) -> Tensor:
+        nodes = super().pool(features, regions)
+        if self.keep_regions:
+            with torch.no_grad():
+                self._keep(features, regions, nodes)
+        return nodes
+
+    def _keep(self, features: Tensor, regions: Tensor, nodes: Tensor) -> None:
+        options: dict[str, Any] = {"profile": self.profile, "temperature": self.temperature}
+        regions = regions.detach()
+        flat = regions.flatten(0, 1)
         cx, cy, w, h = flat.unsqueeze(-2).unbind(-1)
-        self.kernel = ops.region_kernel(flat, self.size, profile=self.profile, temperature=self.temperature).unflatten(
-            1, self.grid
-        )
+        kernel = ops.region_kernel(flat, self.size, **options)
+        self.kernel = kernel.unflatten(1, self.grid)
         self.offsets = torch.stack([h, w, cy, cx], dim=-1)
         self.kernel_h, self.kernel_w, self.kernel_center_h, self.kernel_center_w = h, w, cy, cx
+        self.nodes = nodes.mT
+        self.nodes_wo_position = ops.region_pool(features, regions, **options).mT
+
+        maps = features.flatten(0, 1)
+        foreground = kernel.mean(1).flatten(1)
+        background = foreground.amax(1, keepdim=True) - foreground
+        background = (background / background.sum(1, keepdim=True)).to(maps.dtype)
+        self.aux_feats = {
+            "global_mean_features": maps.mean((-2, -1)),
+            "nodes_background": (maps.flatten(2) @ background.unsqueeze(-1)).unsqueeze(-1),
+            "nodes_foreground": nodes.mean(-2),
+            "kernel_foreground": foreground / foreground.sum(1, keepdim=True),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _KEPT or name in _LEFT:
+            how = "after a forward with keep_regions=True only" if name in _KEPT else "never"
+            raise AttributeError(f"ops.dyreg.DynamicGraph: {name!r}, which the published module leaves, is here {how}")
+        return super().__getattr__(name)
 
     def forward(self, input_feats: Tensor) -> Tensor:  # type: ignore[override]  # published: no regions returned
-        y, regions = super().forward(input_feats)
-        if self.keep_regions:
-            self._keep(regions)
-        return y
+        return super().forward(input_feats)[0]
 
 
 class DynamicGraphWrapper(nn.Module):
@@ -234,3 +287,64 @@ class DynamicGraphWrapper(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.dynamic_graph(x).flatten(0, 1)
         return x.flatten(0, 1) + self.norm_dict["residual_norm"](y)
+
+
+def _rstg_settings(module: Any) -> dict[str, Any]:
+    return {
+        "params": module.params,
+        "node_dim": module.node_dim,
+        "rnn_type": type(module.internal_lstm).__name__,
+        "num_nodes": module.num_nodes,
+        "iterations": module.number_iterations,
+    }
+
+
+def _graph_settings(module: Any) -> dict[str, Any]:
+    names = ("params", "backbone_dim", "H", "W", "iH", "iW", "h", "w", "project_i3d")
+    return {
+        **{name: getattr(module, name) for name in names},
+        "node_dim": module.C,
+        "rnn_type": type(module.offset_lstm).__name__,
+        "iterations": module.rstg.number_iterations,
+        "num_nodes": module.num_nodes,
+    }
+
+
+def _wrapper_settings(module: Any) -> dict[str, Any]:
+    settings = _graph_settings(module.dynamic_graph)
+    del settings["backbone_dim"]
+    return {**settings, "in_channels": module.in_channels}
+
+
+register(
+    Family(
+        "DynamicGraphWrapper",
+        DynamicGraphWrapper,
+        ("dynamic_graph", "norm_dict"),
+        _wrapper_settings,
+        lambda ours: (2, 2, ours.dynamic_graph.in_channels, *ours.dynamic_graph.size),
+    )
+)
+register(
+    Family(
+        "DynamicGraph",
+        DynamicGraph,
+        ("rstg", "offset_lstm", "offset_pred", "offset_alpha", "kernel_projection1"),
+        _graph_settings,
+        lambda ours: (2, 2, ours.in_channels, *ours.size),
+        _LEFT,
+        _KEPT,
+    )
+)
+register(
+    Family(
+        "RSTG",
+        RSTG,
+        ("internal_lstm", "external_lstm", "send_mlp", "norm_dict"),
+        _rstg_settings,
+        lambda ours: (2, 2, ours.channels, ours.num_nodes),
+        ("B", "T"),
+    )
+)
+register(Family("Fishnet", Fishnet, ("tail_conv", "body_trans_conv", "head_conv")))
+register(Family("GloRe", GloRe, ("mask_conv", "sin_pos_emb_proj")))

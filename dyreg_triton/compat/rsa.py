@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..layers import rsa
 from ..validate import choice, flag, is_integer, positive_int, triple
+from .families import Family, register
 
 _KINDS = {"V": "V", "R": "R", "VplusR": "V+R"}
 
@@ -64,3 +66,11 @@ class RSA(rsa.RSA):
             context=_KINDS[feat_type],
             basic_projection=kernel_type != "V",
         )
+
+
+def _settings(module: Any) -> dict[str, Any]:
+    names = ("d_in", "d_out", "nh", "dk", "dv", "dd", "kernel_size", "stride", "kernel_type", "feat_type")
+    return {name: getattr(module, name) for name in names}
+
+
+register(Family("RSA", RSA, ("projection", "H2"), _settings, lambda ours: (2, ours.in_channels, 2, 4, 3)))

@@ -222,18 +222,22 @@ class DynamicGraph(nn.Module):
             0, x.shape[:2]
         )
 
-    def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
-        features = self.project_in(x)
-        regions = self.regions(features)
+    def pool(self, features: Tensor, regions: Tensor) -> Tensor:
+        """The nodes before message passing, (B, T, N, node_channels)."""
         if self.variant is None:
             nodes = regions.to(features.dtype).flatten(-2) @ (features + self.position_map()).flatten(-2).mT
         else:
             nodes = pool_placed(features, self.position_map(), regions, self.profile, self.temperature)
-        return self.rstg(nodes + self.kernel_projection1.bias.to(nodes.dtype)), regions
+        return nodes + self.kernel_projection1.bias.to(nodes.dtype)
+
+    def reason(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
+        features = self.project_in(x)
+        regions = self.regions(features)
+        return self.rstg(self.pool(features, regions)), regions
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        nodes, regions = self.nodes(x)
+        nodes, regions = self.reason(x)
         if self.project:  # on N nodes, not on H*W cells; the bias stays outside, for the kernels do not sum to one
             nodes = F.linear(nodes, self.project_back_i3d_linear.weight.flatten(1))
         if self.variant is None:
@@ -312,7 +316,7 @@ class DyReG(nn.Module):
 
     def nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
-        return self.dynamic_graph.nodes(x)
+        return self.dynamic_graph.reason(x)
 
     def kernels(self, x: Tensor) -> Tensor:
         """What each node pools with, for a look at it: (B, T, N, H, W)."""

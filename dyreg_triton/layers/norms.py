@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def standardise(norm: nn.Module, x: Tensor, dims: int) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the last `dims` dimensions.
+
+    `norm` is a `ChannelAffineNorm` or the published module in its place, whose eps is in an inner nn.LayerNorm.
+    """
+    eps: Any = getattr(norm, "norm", norm).eps
+    return F.layer_norm(x, x.shape[-dims:], eps=eps)
+
+
+def affine(norm: nn.Module, x: Tensor) -> Tensor:
+    """x * scale + bias; it commutes with an average over anything but the channels."""
+    return x * cast(Tensor, norm.scale) + cast(Tensor, norm.bias)
 
 
 class ChannelAffineNorm(nn.Module):
@@ -21,16 +37,8 @@ class ChannelAffineNorm(nn.Module):
         self.scale = nn.Parameter(torch.full(shape, start))
         self.bias = nn.Parameter(torch.zeros(shape))
 
-    def standardise(self, x: Tensor) -> Tensor:
-        """(x - mean) / sqrt(var + eps)."""
-        return F.layer_norm(x, x.shape[-self.dims :], eps=self.eps)
-
-    def affine(self, x: Tensor) -> Tensor:
-        """x * scale + bias; it commutes with an average over anything but the channels."""
-        return x * self.scale + self.bias
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.affine(self.standardise(x))
+        return affine(self, standardise(self, x, self.dims))
 
     def extra_repr(self) -> str:
         return f"{tuple(self.scale.shape)}, dims={self.dims}, eps={self.eps}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..validate import choice, is_integer, layer_input, positive_int
-from .norms import ChannelAffineNorm
+from .norms import ChannelAffineNorm, affine, standardise
 from .recurrence import RECURRENCES, over_time
 from .recurrence import recurrence as make_recurrence
 
@@ -112,13 +112,13 @@ class RSTG(nn.Module):
 
     def space(self, nodes: Tensor) -> Tensor:
         """One round of messages and updates within each frame."""
-        norm: Any = self.norm_dict["send_message_norm"]
-        messages = norm.standardise(self.messages(nodes))
+        norm = self.norm_dict["send_message_norm"]
+        messages = standardise(norm, self.messages(nodes), 3)
         if self.aggregation == "dot":
             weights = torch.softmax(self.att_q(nodes) @ self.att_k(nodes).mT, dim=-1).to(messages.dtype)
-            received = torch.relu(norm.affine((weights.unsqueeze(-1) * messages).sum(3)) + self.att_bias)
+            received = torch.relu(affine(norm, (weights.unsqueeze(-1) * messages).sum(3)) + self.att_bias)
         else:
-            received = norm.affine(messages.mean(3))
+            received = affine(norm, messages.mean(3))
         both = nodes + received if self.combine == "sum" else torch.cat([nodes, received.to(nodes.dtype)], dim=-1)
         return self.norm_dict["update_norm"](self.update_mlp(both))
 

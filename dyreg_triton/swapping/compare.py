@@ -1,0 +1,255 @@
+"""The original and ours on an example: do they give the same numbers, and how fast is each?"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..validate import is_integer, what
+from .probe import cudnn_rnn_backward, error, forked_rng, gradients, normal, twin
+
+# relative, L2: of outputs, of gradients. Those of a deep network amplify the round-off of its layers
+TOLERANCE = {
+    torch.float64: (1e-9, 1e-7),
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (3e-2, 1e-1),
+    torch.float16: (3e-2, 1e-1),
+}
+_FLOOR = 1e-3  # of the norm of all gradients: below it one parameter's is the round-off of the others
+_ROUNDS, _PATIENCE = 5, 2.0  # timed runs at most, and seconds after which no further one is begun
+
+
+@dataclass
+class Example:
+    """The inputs of a model."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    def fresh(self) -> Example:
+        """Copies that can be differentiated by, where they are floating."""
+
+        def copied(t: Any) -> Any:
+            if not isinstance(t, Tensor):
+                return t
+            t = t.detach().clone()
+            return t.requires_grad_() if t.is_floating_point() else t
+
+        return Example(*tree_map(copied, (self.arguments, self.keywords)))
+
+    def tensors(self) -> list[Tensor]:
+        """Those that have a gradient."""
+        leaves = tree_flatten((self.arguments, self.keywords))[0]
+        return [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+
+    def __str__(self) -> str:
+        leaves = [(key, value) for key, value in self.keywords.items()] + [("", value) for value in self.arguments]
+        return ", ".join(f"{key}={what(v)}".lstrip("=") if isinstance(v, Tensor) else repr(v) for key, v in leaves)
+
+
+def prepare_example(example: Any, model: nn.Module) -> Example:
+    """The inputs that an `example` of `swap` stands for; on the model's device and in its dtype where it is a shape."""
+    if isinstance(example, Tensor):
+        return Example((example,))
+    if isinstance(example, (tuple, list)) and example:
+        if all(is_integer(n) for n in example):
+            if min(example) < 1:
+                raise ValueError(f"swap: example is {example!r}; accepted as a shape are integers > 0")
+            first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+            return Example((normal(tuple(map(int, example)), first.dtype, first.device, seed=0),))
+        if any(isinstance(t, Tensor) for t in example):
+            return Example(tuple(example))
+    if isinstance(example, Mapping) and example and all(isinstance(key, str) for key in example):
+        return Example((), dict(example))
+    raise TypeError(
+        f"swap: example is {what(example)[:200]}; accepted are a tensor, a shape (integers), a tuple or list of the "
+        "model's inputs, or a dict of them by name"
+    )
+
+
+@dataclass
+class Run:
+    """What came out of a forward and a backward."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    differentiable: list[bool]
+    seconds: float
+
+
+class Differs(Exception):
+    """Ours and the original differ on the example; says how."""
+
+
+@dataclass
+class Measured:
+    """Largest relative error, and milliseconds of a forward and a backward."""
+
+    error: float
+    before_ms: float
+    after_ms: float
+    wrong: str | None  # what is beyond the tolerance, in words
+
+
+def catch_inputs(modules: list[nn.Module], run: Callable[[], object]) -> dict[int, Example]:
+    """What each module is first called with during `run`, by id."""
+    caught: dict[int, Example] = {}
+
+    def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if which[id(module._forward_pre_hooks)] not in caught:
+            caught[which[id(module._forward_pre_hooks)]] = Example(arguments, keywords).fresh()
+
+    # a model that is swapped itself is another object than its original, with the same hooks
+    which = {id(module._forward_pre_hooks): id(module) for module in modules}
+    handles = [module.register_forward_pre_hook(catch, with_kwargs=True) for module in modules]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught
+
+
+def measure(before: Callable[[], nn.Module], after: Callable[[], nn.Module], example: Example) -> Measured:
+    """Compare and time two modules, each made ready by a call, on an example.
+
+    Raises `Differs` where the second fails and the first does not.
+    """
+    with _exact_float32():
+        old = run(before(), example)
+        try:
+            new = run(after(), example)
+        except Exception as failure:
+            raise Differs(f"it fails where the original does not: {said(failure)}") from failure
+        if old.differentiable != new.differentiable:  # ours leaves detached what plotting code reads
+            both = [a and b for a, b in zip(old.differentiable, new.differentiable, strict=False)]
+            old, new = run(before(), example, both), run(after(), example, both)
+    largest, wrong = _difference(new, old, _tolerance(after(), example, old))
+    return Measured(largest, _timed(before, example), _timed(after, example), wrong)
+
+
+def said(failure: BaseException) -> str:
+    """An exception in a line."""
+    return f"{type(failure).__name__}: {failure}".strip()[:500]
+
+
+def run(module: nn.Module, example: Example, differentiable: list[bool] | None = None) -> Run:
+    """A forward, and a backward of a randomly weighted sum of those outputs that can be differentiated (or of fewer).
+
+    Generators, buffers and gradients are left as they were.
+    """
+    inputs = example.fresh()
+    weights: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    weights |= {f"input {i}": t for i, t in enumerate(inputs.tensors())}
+    device = next((t.device for t in weights.values()), torch.device("cpu"))
+    torch.clear_autocast_cache()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        forked_rng(device),
+        _kept_buffers(module),
+        cudnn_rnn_backward(module),
+    ):
+        start = _now()
+        y = module(*inputs.arguments, **inputs.keywords)
+        forward = _now() - start
+        outputs = [t for t in tree_flatten(y)[0] if isinstance(t, Tensor)]
+        can = [t.requires_grad for t in outputs]
+        chosen = [t for t, yes in zip(outputs, differentiable or can, strict=True) if yes]
+        random = [normal(t.shape, t.dtype, t.device, seed=i) for i, t in enumerate(chosen)]
+        start = _now()
+        slopes = gradients(chosen, random, list(weights.values()))
+        backward = _now() - start
+    return Run([t.detach() for t in outputs], dict(zip(weights, slopes, strict=True)), can, forward + backward)
+
+
+def _difference(new: Run, old: Run, tolerance: tuple[float, float]) -> tuple[float, str | None]:
+    """The largest relative error, and in words what is beyond the tolerance, or None."""
+    if not old.outputs:
+        return math.inf, "it returns no tensor that could be compared"
+    if len(old.outputs) != len(new.outputs):
+        return math.inf, f"it returns {len(new.outputs)} tensors, the original {len(old.outputs)}"
+    floor = _FLOOR * math.sqrt(sum(t.double().norm().item() ** 2 for t in old.gradients.values()))
+    errors = [
+        (error(y, expected), f"output {i}", tolerance[0])
+        for i, (y, expected) in enumerate(zip(new.outputs, old.outputs, strict=True))
+    ]
+    errors += [
+        (error(new.gradients[name], expected, floor), f"the gradient of {name}", tolerance[1])
+        for name, expected in old.gradients.items()
+    ]
+    worst = max(errors, key=lambda entry: entry[0] / entry[2])
+    wrong = f"{worst[1]} differs by {worst[0]:.1e} (relative), accepted is {worst[2]:.0e}"
+    return max(entry[0] for entry in errors), wrong if not worst[0] <= worst[2] else None
+
+
+def _tolerance(module: nn.Module, example: Example, old: Run) -> tuple[float, float]:
+    """That of the coarsest dtype at work."""
+    tensors = [*module.parameters(), *example.fresh().tensors(), *old.outputs]
+    dtypes = {t.dtype for t in tensors if t.dtype in TOLERANCE}
+    for kind in {t.device.type for t in tensors}:
+        if torch.is_autocast_enabled(kind):
+            dtypes.add(torch.get_autocast_dtype(kind))
+    return max((TOLERANCE[t] for t in dtypes if t in TOLERANCE), default=TOLERANCE[torch.float64])
+
+
+def _timed(ready: Callable[[], nn.Module], example: Example) -> float:
+    """Milliseconds of a forward and a backward: the median of a few."""
+    module = ready()
+    times: list[float] = []
+    while len(times) < _ROUNDS and sum(times) < _PATIENCE:
+        times.append(run(module, example).seconds)
+    return statistics.median(times) * 1e3
+
+
+def _now() -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Running statistics and counters are afterwards what they were."""
+    kept = [
+        (m, name, b, b.detach().clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for m, name, buffer, value in kept:
+                m._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _exact_float32() -> Iterator[None]:
+    """TF32 off, so that round-off does not hide a difference, nor look like one."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    kept = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = kept[0]
+        torch.set_float32_matmul_precision(kept[1])
+
+
+def twins(theirs: nn.Module, ours: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Both without their hooks, for a comparison that nobody sees."""
+    before, after = (twin(module, lambda t: t, None, {}) for module in (theirs, ours))
+    return before, after

@@ -1,0 +1,175 @@
+"""Published modules in a model, and ours made ready to take their places."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..compat.families import Family, families, family_of, is_ours
+from .adopt import Pairs, adopt, stand_in
+from .probe import Unlike, probe
+from .report import Left, Swapped
+
+
+@dataclass
+class Found:
+    """A published module, all its places, and ours, which holds what it holds."""
+
+    paths: list[str]
+    theirs: nn.Module
+    ours: nn.Module
+    family: Family
+
+    def row(self) -> Swapped:
+        """What a report says of it before anything is measured."""
+        gone = []
+        for path, module in self.theirs.named_modules():
+            family = family_of(module)
+            if family is not None and not is_ours(module):
+                kept = family.keeps if getattr(self.ours.get_submodule(path), "keep_regions", False) else ()
+                gone += [f"{path}.{name}".lstrip(".") for name in family.leaves if name not in kept]
+        return Swapped(
+            path=self.paths[0],
+            before=class_of(self.theirs),
+            after=class_of(self.ours),
+            parameters=sum(p.numel() for p in self.theirs.parameters()),
+            paths=tuple(self.paths),
+            vanishing=tuple(gone),
+        )
+
+
+@dataclass
+class Search:
+    """What a walk through a model met."""
+
+    found: list[Found] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    met: list[tuple[str, str]] = field(default_factory=list)  # path and published name of all that looks like one
+    pairs: Pairs = field(default_factory=dict)
+
+
+def class_of(module: nn.Module) -> str:
+    """The class's name with the module that it is from."""
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        cls = cls.__mro__[1]
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def selected(path: str, family: str, only: tuple[str, ...] | None) -> set[str]:
+    """Which of `only` choose a module: by its path, a folder of it, a pattern, or its published class."""
+    return {
+        name
+        for name in only or ()
+        if name in (path, family) or path.startswith(f"{name}.") or fnmatch.fnmatchcase(path, name)
+    }
+
+
+def search(model: nn.Module, only: tuple[str, ...] | None, keep_regions: bool) -> Search:
+    """Walk through a model, outermost modules first, and make ours for each published one chosen by `only`."""
+    result = Search()
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+        if name := _published(module):
+            result.met.append((path, name))
+
+    seen: set[int] = set()
+
+    def walk(module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        places, name = paths[id(module)], _published(module)
+        if name and is_ours(module):
+            result.already += places
+            return
+        if name and (only is None or any(selected(path, name, only) for path in places)):
+            family = family_of(module)
+            assert family is not None
+            try:
+                ours = prepare(module, family, keep_regions, result.pairs)
+            except Unlike as why:
+                result.left.append(Left(places[0], class_of(module), str(why)))
+            else:
+                result.found.append(Found(places, module, ours, family))
+                return
+        for child in module.children():
+            walk(child)
+
+    walk(model)
+    if result.found and result.found[0].theirs is model:  # which will be ours
+        item = result.found[0]
+        item.theirs = stand_in(model)
+        result.pairs[id(item.theirs)] = item.ours, item.theirs
+        del result.pairs[id(model)]
+    return result
+
+
+def _published(module: nn.Module) -> str | None:
+    """The published name of a module, be it theirs or ours."""
+    if is_ours(module):
+        of_ours = (f.name for f in families() if isinstance(module, f.ours) or issubclass(f.ours, type(module)))
+        return next(of_ours, type(module).__name__ if module._modules else None)
+    family = family_of(module)
+    return None if family is None else family.name
+
+
+def prepare(theirs: nn.Module, family: Family, keep_regions: bool, pairs: Pairs) -> nn.Module:
+    """Ours for one published module, compared with it; raises `Unlike` where it cannot take its place."""
+    assert family.settings is not None
+    for name, parameter in theirs.named_parameters():
+        if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
+            raise ValueError(
+                f"swap: model has {name} of {class_of(theirs)} in float16 on a CPU; accepted there are float32, "
+                "float64 and bfloat16: swap before .half(), or after moving to a GPU"
+            )
+    if isinstance(theirs, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise Unlike("it is compiled by TorchScript; accepted is the module that it was made from")
+    if "forward" in theirs.__dict__:
+        raise Unlike("its forward is set on the instance; accepted is that of its class")
+    try:
+        settings = family.settings(theirs)
+        with torch.device("meta"):
+            ours = family.ours(**settings, keep_regions=keep_regions)
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError) as why:
+        raise Unlike(f"its settings are not covered: {why}") from why
+    _same_tensors(ours, theirs)
+    adopted: Pairs = dict(pairs)
+    leaves = frozenset(name for member in families() for name in (*member.leaves, *member.keeps))
+    ours = adopt(ours, theirs, leaves, adopted)
+    probe(family, ours, theirs, adopted)
+    pairs.update(adopted)
+    return ours
+
+
+def _same_tensors(ours: nn.Module, theirs: nn.Module) -> None:
+    """Raise `Unlike` unless both have parameters and buffers of the same names and shapes."""
+    for kind in ("parameters", "buffers"):
+        wanted = {name: tuple(t.shape) for name, t in getattr(ours, f"named_{kind}")(remove_duplicate=False)}
+        names = {_plain_name(name) for name, _ in getattr(theirs, f"named_{kind}")(remove_duplicate=False)}
+        if names != set(wanted):
+            more, fewer = sorted(names - set(wanted)), sorted(set(wanted) - names)
+            said = [f"{what} {', '.join(some)}" for what, some in (("has", more), ("lacks", fewer)) if some]
+            raise Unlike(f"its {kind} are others than its settings say: it {' and '.join(said)}")
+        for name, shape in wanted.items():
+            given = _tensor(theirs, name)
+            if tuple(given.shape) != shape:
+                raise Unlike(f"its {name} is {tuple(given.shape)}; accepted with its settings is {shape}")
+
+
+def _plain_name(name: str) -> str:
+    """The name under which a parametrized tensor is read."""
+    return re.sub(r"\bparametrizations\.([^.]+)\.original\d*$", r"\1", name)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    with torch.no_grad():
+        return getattr(module.get_submodule(path), last)

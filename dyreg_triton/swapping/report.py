@@ -1,0 +1,136 @@
+"""What `swap` did, as data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """One module that was replaced, or the whole model.
+
+    Attributes:
+        path: its place in the model, "" for the model itself; `paths`: all its places, if it is shared.
+        before, after: the class it was and the class it is.
+        parameters: number of their elements.
+        error: largest relative error (L2) of outputs and gradients on the example, None without one.
+        before_ms, after_ms: milliseconds of a forward and a backward on the example, None without one.
+        vanishing: attributes that the original's forward left on it, and that are no longer there.
+        wrong: what differs beyond the tolerance on the example, in words; None where nothing does.
+    """
+
+    path: str
+    before: str
+    after: str
+    parameters: int
+    paths: tuple[str, ...] = ()
+    vanishing: tuple[str, ...] = ()
+    error: float | None = None
+    before_ms: float | None = None
+    after_ms: float | None = None
+    wrong: str | None = None
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module that looks like a published one and was left as it is; `reason` says why."""
+
+    path: str
+    before: str
+    reason: str
+
+
+@dataclass
+class SwapReport:
+    """What `swap` did to a model; prints as a table.
+
+    Attributes:
+        model: the model, swapped in place.
+        modules: those replaced, one `Swapped` each.
+        left: those that look like published ones and were left as they are, one `Left` each.
+        already: paths of modules that were this library's before.
+        whole: the whole model on the example, None without one.
+    """
+
+    model: nn.Module
+    modules: tuple[Swapped, ...]
+    left: tuple[Left, ...]
+    already: tuple[str, ...]
+    whole: Swapped | None = None
+    _restore: Callable[[], None] | None = field(default=None, repr=False)
+
+    def undo(self) -> None:
+        """Put the original modules back, with what was changed since: values, modes, hooks. Once is enough."""
+        restore, self._restore = self._restore, None
+        if restore is not None:
+            restore()
+
+    def __str__(self) -> str:
+        many = len(self.modules)
+        lines = [f"{many} module{'' if many == 1 else 's'} swapped"]
+        if self.modules:
+            lines += _table([*self.modules, *([self.whole] if self.whole else [])])
+        if self.already:
+            lines += ["ours already: " + ", ".join(path or "the model itself" for path in self.already)]
+        if self.left:
+            lines += ["left as they are:", *_reasons(self.left)]
+        for row in self.modules:
+            if row.vanishing:
+                lines += [f"no longer left by a forward of {row.path or 'the model'}: {', '.join(row.vanishing)}"]
+        return "\n".join(lines)
+
+
+class SwapError(ValueError):
+    """`swap` refused, and the model is as it was; `report` holds what was found."""
+
+    def __init__(self, message: str, report: SwapReport):
+        super().__init__(message)
+        self.report = report
+
+
+def _reasons(left: tuple[Left, ...]) -> list[str]:
+    return [f"  {row.path or 'the model itself'} ({row.before}): {row.reason}" for row in left]
+
+
+def nothing(report: SwapReport, looked_for: tuple[str, ...]) -> str:
+    """Why nothing in a model is replaced."""
+    model = report.model
+    found = f"nothing in {type(model).__name__} is replaced; accepted are {', '.join(looked_for)}"
+    if not report.left:
+        return f"{found}, and none of its {sum(1 for _ in model.modules())} modules looks like one"
+    return "\n".join([f"{found}; those that look like one are left:", *_reasons(report.left)])
+
+
+def different(wrong: list[Swapped]) -> str:
+    """How ours differs from the originals on an example."""
+    lines = [f"  {row.path or 'the model'} ({row.before}): {row.wrong}" for row in wrong]
+    return "\n".join(["on the example ours differs from the original, which stays in place:", *lines])
+
+
+def _table(rows: list[Swapped]) -> list[str]:
+    head = ["module", "class", "parameters", "largest error", "before", "after", "times"]
+    cells = [head]
+    for row in rows:
+        times = row.before_ms is not None and row.after_ms is not None
+        cells.append(
+            [
+                (row.path or "(the model)") + (f" and {len(row.paths) - 1} more" if len(row.paths) > 1 else ""),
+                f"{row.before} -> {row.after}" if row.after != row.before else row.before,
+                f"{row.parameters:,}",
+                "" if row.error is None else f"{row.error:.1e}",
+                f"{row.before_ms:.2f} ms" if times else "",
+                f"{row.after_ms:.2f} ms" if times else "",
+                f"{row.before_ms / row.after_ms:.2f}" if row.before_ms and row.after_ms else "",
+            ]
+        )
+    cells = [[row[i] for i in range(len(head)) if any(other[i] for other in cells[1:])] for row in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
