@@ -215,7 +215,7 @@ class DynamicGraph(nn.Module):
         """The features that nodes are pooled from: x (B, T, C, H, W), projected where the layer projects."""
         shape = (None, None, self.in_channels, *self.size)
         form = f"(B, T, {', '.join(map(str, shape[2:]))}) for in_channels {self.in_channels} and size {self.size}"
-        layer_input("DyReG", "x", x, self.kernel_projection1.weight, shape, form)
+        layer_input("DyReG", "x", x, next(self.kernel_projection1.parameters()), shape, form)
         if not self.project:
             return x
         return self.norm_dict["dynamic_graph_projection"](self.project_i3d_linear(x.flatten(0, 1))).unflatten(

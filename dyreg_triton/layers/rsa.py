@@ -209,7 +209,7 @@ class RSA(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         form = f"(B, {self.in_channels}, T, H, W) for in_channels {self.in_channels}, T, H and W > 0"
-        layer_input("RSA", "x", x, self.projection.weight, (None, self.in_channels, None, None, None), form)
+        layer_input("RSA", "x", x, next(self.projection.parameters()), (None, self.in_channels, None, None, None), form)
         if 0 in x.shape[2:]:
             raise ValueError(f"RSA: x is {what(x)}; accepted is {form}")
 

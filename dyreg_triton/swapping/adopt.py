@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -14,7 +14,16 @@ from ..compat.families import families
 _HELD = frozenset(nn.Module().__dict__) - {"training", "_modules", "_is_full_backward_hook"}
 _FLAGS = ("training", "_is_full_backward_hook")
 
-Pairs = dict[int, tuple[nn.Module, nn.Module]]  # id of the published module: ours and the published one
+
+class Pair(NamedTuple):
+    """Ours in the place of theirs, and the names that are ours alone."""
+
+    ours: nn.Module
+    theirs: nn.Module
+    own: frozenset[str]
+
+
+Pairs = dict[int, Pair]  # by the id of theirs
 
 
 def replaced(mine: nn.Module | None) -> bool:
@@ -25,8 +34,8 @@ def replaced(mine: nn.Module | None) -> bool:
 def adopt(ours: nn.Module, theirs: nn.Module, leaves: frozenset[str], pairs: Pairs) -> nn.Module:
     """Let `ours`, built on meta, hold what `theirs` holds, which it leaves as it is; `pairs` remembers both."""
     if id(theirs) in pairs:
-        return pairs[id(theirs)][0]
-    pairs[id(theirs)] = ours, theirs
+        return pairs[id(theirs)].ours
+    pairs[id(theirs)] = Pair(ours, theirs, frozenset(ours.__dict__) | leaves)
     for name, value in theirs.__dict__.items():
         known = name in ours.__dict__ or hasattr(type(ours), name) or name in leaves
         if name in _HELD or name in _FLAGS or not known:
@@ -87,16 +96,15 @@ class Place:
             for name, child in parent._modules.items():
                 if id(child) in chosen:
                     parent._modules[name] = chosen[id(child)]
-        for mine, original in self.pairs.values():
+        for mine, original, _ in self.pairs.values():
             now = mine if ours else original
             point_hooks(self.model if now.__dict__ is self.model.__dict__ else now)
 
     def restore(self) -> None:
         """Let the published modules stand in the model, with what was changed on ours that the two do not share."""
-        originals = {id(mine): original for mine, original in self.pairs.values()}
-        for mine, original in self.pairs.values():
-            for name in _FLAGS:
-                original.__dict__[name] = mine.__dict__[name]
+        originals = {id(mine): original for mine, original, _ in self.pairs.values()}
+        for mine, original, own in self.pairs.values():
+            original.__dict__.update({k: v for k, v in mine.__dict__.items() if k in _FLAGS or k not in own})
             if mine._modules is not original._modules:
                 children = {name: originals.get(id(child), child) for name, child in mine._modules.items()}
                 original._modules.clear()

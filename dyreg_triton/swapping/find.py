@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ..compat.families import Family, families, family_of, is_ours
 from .adopt import Pairs, adopt, stand_in
-from .probe import Unlike, probe
+from .probe import Unlike, probe, twin
 from .report import Left, Swapped
 
 
@@ -107,8 +107,7 @@ def search(model: nn.Module, only: tuple[str, ...] | None, keep_regions: bool) -
     if result.found and result.found[0].theirs is model:  # which will be ours
         item = result.found[0]
         item.theirs = stand_in(model)
-        result.pairs[id(item.theirs)] = item.ours, item.theirs
-        del result.pairs[id(model)]
+        result.pairs[id(item.theirs)] = result.pairs.pop(id(model))._replace(theirs=item.theirs)
     return result
 
 
@@ -154,12 +153,16 @@ def _same_tensors(ours: nn.Module, theirs: nn.Module) -> None:
     for kind in ("parameters", "buffers"):
         wanted = {name: tuple(t.shape) for name, t in getattr(ours, f"named_{kind}")(remove_duplicate=False)}
         names = {_plain_name(name) for name, _ in getattr(theirs, f"named_{kind}")(remove_duplicate=False)}
+        names = {name for name in names if "parametrizations." not in name}  # what a parametrization itself holds
         if names != set(wanted):
             more, fewer = sorted(names - set(wanted)), sorted(set(wanted) - names)
             said = [f"{what} {', '.join(some)}" for what, some in (("has", more), ("lacks", fewer)) if some]
             raise Unlike(f"its {kind} are others than its settings say: it {' and '.join(said)}")
+        if any(map(parametrize.is_parametrized, theirs.modules())):
+            theirs = twin(theirs, lambda t: t.detach().clone(), False, {})  # reading one may change what it keeps
         for name, shape in wanted.items():
-            given = _tensor(theirs, name)
+            path, _, last = name.rpartition(".")
+            given = getattr(theirs.get_submodule(path), last)
             if tuple(given.shape) != shape:
                 raise Unlike(f"its {name} is {tuple(given.shape)}; accepted with its settings is {shape}")
 
@@ -167,9 +170,3 @@ def _same_tensors(ours: nn.Module, theirs: nn.Module) -> None:
 def _plain_name(name: str) -> str:
     """The name under which a parametrized tensor is read."""
     return re.sub(r"\bparametrizations\.([^.]+)\.original\d*$", r"\1", name)
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    with torch.no_grad():
-        return getattr(module.get_submodule(path), last)

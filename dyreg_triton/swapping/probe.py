@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -45,7 +46,7 @@ def twin(
         state["training"] = training
     if isinstance(module, nn.RNNBase):  # which holds its weights once more, for cuDNN
         state["_flat_weights"] = [state["_parameters"].get(name) for name in module._flat_weights_names]
-        state["_flat_weight_refs"] = []
+        state["_flat_weight_refs"] = [w if w is None else weakref.ref(w) for w in state["_flat_weights"]]
     other.__dict__ = state
     return other
 
@@ -165,7 +166,9 @@ def _compare(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], pairs: 
         for root in (theirs, ours):
             made: dict[int, nn.Module] = {}
             module = twin(root, random, training, made)
-            counterparts = [made.get(id(pairs[id(m)][0] if root is ours and id(m) in pairs else m)) for _, m in hooked]
+            counterparts = [
+                made.get(id(pairs[id(m)].ours if root is ours and id(m) in pairs else m)) for _, m in hooked
+            ]
             calls = _Calls([nn.Identity() if m is None else m for m in counterparts])
             results.append(_run(module, x, root is theirs))
             results[-1]["calls"] = calls.seen

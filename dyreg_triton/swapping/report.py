@@ -20,6 +20,8 @@ class Swapped:
         before_ms, after_ms: milliseconds of a forward and a backward on the example, None without one.
         vanishing: attributes that the original's forward left on it, and that are no longer there.
         wrong: what differs beyond the tolerance on the example, in words; None where nothing does.
+        round_off: where the error is beyond the tolerance, how far the original and ours are from the original in a
+            wider dtype.
     """
 
     path: str
@@ -32,6 +34,7 @@ class Swapped:
     before_ms: float | None = None
     after_ms: float | None = None
     wrong: str | None = None
+    round_off: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,15 @@ class SwapReport:
         many = len(self.modules)
         lines = [f"{many} module{'' if many == 1 else 's'} swapped"]
         if self.modules:
-            lines += _table([*self.modules, *([self.whole] if self.whole else [])])
+            rows = [*self.modules, *([self.whole] if self.whole else [])]
+            lines += _table(rows)
+            for row in rows:
+                if row.round_off:
+                    before, after = row.round_off
+                    lines += [
+                        f"{row.path or 'the model'}: that error is round-off: from the result in a wider dtype the "
+                        f"original is {before:.1e} away, ours {after:.1e}"
+                    ]
         if self.already:
             lines += ["ours already: " + ", ".join(path or "the model itself" for path in self.already)]
         if self.left:
@@ -117,7 +128,7 @@ def _table(rows: list[Swapped]) -> list[str]:
         times = row.before_ms is not None and row.after_ms is not None
         cells.append(
             [
-                (row.path or "(the model)") + (f" and {len(row.paths) - 1} more" if len(row.paths) > 1 else ""),
+                ", ".join(row.paths) or "(the model)",
                 f"{row.before} -> {row.after}" if row.after != row.before else row.before,
                 f"{row.parameters:,}",
                 "" if row.error is None else f"{row.error:.1e}",
