@@ -78,13 +78,27 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _factory(text: str) -> str:
+    where, colon, what = text.partition(":")
+    if not (where and colon and what):
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted is package.module:factory")
+    return text
+
+
+def _device(text: str) -> Any:
+    import torch
+
+    try:
+        return torch.device(text)
+    except RuntimeError as failure:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted is cpu, cuda, cuda:1, ...") from failure
+
+
 def _model(factory: str) -> Any:
     """What `package.module:factory` names, called if it is no module yet."""
     from torch import nn
 
-    where, colon, what = factory.partition(":")
-    if not (where and colon and what):
-        raise ValueError(f"factory is {factory!r}; accepted is package.module:factory")
+    where, _, what = factory.partition(":")
     if os.getcwd() not in sys.path:  # the installed command does not look there by itself
         sys.path.insert(0, os.getcwd())
     try:
@@ -99,7 +113,10 @@ def _model(factory: str) -> Any:
         raise ValueError(
             f"factory is {factory!r}, a {type(found).__name__}; accepted is a function or a torch.nn.Module"
         )
-    model = found()
+    try:
+        model = found()
+    except Exception as failure:
+        raise ValueError(f"factory is {factory!r}, and fails: {type(failure).__name__}: {failure}") from failure
     if not isinstance(model, nn.Module):
         raise ValueError(f"factory is {factory!r}, and returns a {type(model).__name__}; accepted is a torch.nn.Module")
     return model
@@ -111,9 +128,11 @@ def _swap(options: argparse.Namespace) -> str:
 
     from .swapping import swap
 
-    model = _model(options.factory).to(options.device).train(options.train)
-    if options.dtype:
-        model.to(getattr(torch, options.dtype))
+    model = _model(options.factory).train(options.train)
+    try:
+        model.to(options.device, getattr(torch, options.dtype or "", None))
+    except (RuntimeError, AssertionError) as failure:
+        raise ValueError(f"device is {str(options.device)!r}; accepted is one that is here: {failure}") from failure
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).to(first) for shape in options.example]
@@ -127,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("env", help="print what a bug report needs, and which backend would run here and why")
     replace = commands.add_parser("swap", help="replace the published layers in your model, and compare and time both")
-    replace.add_argument("factory", help="package.module:factory, which makes the model, or is one")
+    replace.add_argument("factory", type=_factory, help="package.module:factory, which makes the model, or is one")
     replace.add_argument(
         "--example",
         type=_shape,
@@ -137,9 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="shape of an input of the model, to run both on; once for each input",
     )
     replace.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="replace only this path, folder, pattern or class"
+        "--only",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="replace only these: paths, folders, patterns of paths, published classes",
     )
-    replace.add_argument("--device", default="cpu", help="where to run (cpu)")
+    replace.add_argument("--device", type=_device, default="cpu", help="where to run (cpu)")
     replace.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="the model's (its own)")
     replace.add_argument("--train", action="store_true", help="in training mode; else in evaluation mode")
     replace.add_argument(

@@ -72,29 +72,10 @@ def _graph_options(op: str, params: Mapping[str, Any], rnn_type: object, iterati
 
 
 # what the published DynamicGraph leaves on itself after a forward, and which of it `keep_regions` offers
-_KEPT = (
-    "kernel",
-    "offsets",
-    "kernel_h",
-    "kernel_w",
-    "kernel_center_h",
-    "kernel_center_w",
-    "nodes",
-    "nodes_wo_position",
-    "aux_feats",
-)
-_LEFT = (
-    "B",
-    "T",
-    "BT",
-    "arange_h",
-    "arange_w",
-    "kernel_foreground",
-    "kernel_background",
-    "global_mean_features",
-    "nodes_background",
-    "nodes_foreground",
-)
+_EXTENTS = ("kernel_h", "kernel_w", "kernel_center_h", "kernel_center_w")
+_KEPT = ("kernel", "offsets", *_EXTENTS, "nodes", "nodes_wo_position", "aux_feats")
+_MEANS = ("global_mean_features", "nodes_background", "nodes_foreground", "kernel_foreground", "kernel_background")
+_LEFT = ("B", "T", "BT", "arange_h", "arange_w", *_MEANS)
 
 
 class RSTG(rstg.RSTG):
@@ -218,7 +199,7 @@ class DynamicGraph(dyreg.DynamicGraph):
 
     def _keep(self, features: Tensor, regions: Tensor, nodes: Tensor) -> None:
         options: dict[str, Any] = {"profile": self.profile, "temperature": self.temperature}
-        regions = regions.detach()
+        features, regions, nodes = features.detach(), regions.detach(), nodes.detach()
         flat = regions.flatten(0, 1)
         cx, cy, w, h = flat.unsqueeze(-2).unbind(-1)
         kernel = ops.region_kernel(flat, self.size, **options)
@@ -240,7 +221,7 @@ class DynamicGraph(dyreg.DynamicGraph):
         }
 
     def __getattr__(self, name: str) -> Any:
-        if name in _KEPT or name in _LEFT:
+        if name in (*_KEPT, *_LEFT):
             how = "after a forward with keep_regions=True only" if name in _KEPT else "never"
             raise AttributeError(f"ops.dyreg.DynamicGraph: {name!r}, which the published module leaves, is here {how}")
         return super().__getattr__(name)
@@ -332,7 +313,7 @@ register(
         ("rstg", "offset_lstm", "offset_pred", "offset_alpha", "kernel_projection1"),
         _graph_settings,
         lambda ours: (2, 2, ours.in_channels, *ours.size),
-        _LEFT,
+        (*_KEPT, *_LEFT),
         _KEPT,
     )
 )

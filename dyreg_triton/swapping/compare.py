@@ -184,8 +184,10 @@ def run(module: nn.Module, example: Example, differentiable: list[bool] | None =
         _kept_buffers(module),
         cudnn_rnn_backward(module),
     ):
+        # copies: what a model writes into may not be what is differentiated by
+        arguments, keywords = tree_map(_copied, (inputs.arguments, inputs.keywords))
         start = _now()
-        y = module(*inputs.arguments, **inputs.keywords)
+        y = module(*arguments, **keywords)
         forward = _now() - start
         outputs = [t for t in tree_flatten(y)[0] if isinstance(t, Tensor)]
         can = [t.requires_grad for t in outputs]
@@ -211,6 +213,10 @@ def _widened(module: nn.Module, example: Example, differentiable: list[bool], dt
         for kind in {p.device.type for p in module.parameters()}:
             off.enter_context(torch.autocast(kind, enabled=False))
         return run(twin(module, wide, None, {}), inputs, differentiable)
+
+
+def _copied(t: Any) -> Any:
+    return t.clone() if isinstance(t, Tensor) else t
 
 
 def _errors(actual: Run, expected: Run, floor: float) -> dict[str, float]:

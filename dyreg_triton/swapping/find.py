@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import re
 from dataclasses import dataclass, field
 
@@ -139,13 +140,21 @@ def prepare(theirs: nn.Module, family: Family, keep_regions: bool, pairs: Pairs)
             ours = family.ours(**settings, keep_regions=keep_regions)
     except (AttributeError, TypeError, ValueError, KeyError, IndexError) as why:
         raise Unlike(f"its settings are not covered: {why}") from why
+    _same_arguments(ours, theirs)
     _same_tensors(ours, theirs)
     adopted: Pairs = dict(pairs)
-    leaves = frozenset(name for member in families() for name in (*member.leaves, *member.keeps))
+    leaves = frozenset(name for member in families() for name in member.leaves)
     ours = adopt(ours, theirs, leaves, adopted)
     probe(family, ours, theirs, adopted)
     pairs.update(adopted)
     return ours
+
+
+def _same_arguments(ours: nn.Module, theirs: nn.Module) -> None:
+    """Raise `Unlike` unless both forwards take as many inputs."""
+    given, accepted = (inspect.signature(module.forward) for module in (theirs, ours))
+    if [p.kind for p in given.parameters.values()] != [p.kind for p in accepted.parameters.values()]:
+        raise Unlike(f"its forward takes {given}; accepted is {accepted}")
 
 
 def _same_tensors(ours: nn.Module, theirs: nn.Module) -> None:

@@ -183,7 +183,7 @@ def _run(module: nn.Module, x: Tensor, published: bool) -> dict[str, Any]:
     parameters = dict(module.named_parameters())
     try:
         with _plain(x.device), cudnn_rnn_backward(module), backend("eager"):
-            y = module(x)
+            y = module(x.clone())  # a module may write into its input
             if not isinstance(y, Tensor):
                 raise Unlike(f"its forward returns a {type(y).__name__}; accepted is a tensor")
             slopes = gradients([y], [normal(y.shape, y.dtype, y.device, seed=1)], [x, *parameters.values()])

@@ -88,6 +88,12 @@ class SwapReport:
             lines += ["ours already: " + ", ".join(path or "the model itself" for path in self.already)]
         if self.left:
             lines += ["left as they are:", *_reasons(self.left)]
+        if self.modules:
+            classes = ", ".join(dict.fromkeys(row.before for row in self.modules))
+            lines += [
+                f"no longer an instance of {classes}: code that sorts parameters by class, as some optimizers' set-up "
+                "does, comes first"
+            ]
         for row in self.modules:
             if row.vanishing:
                 lines += [f"no longer left by a forward of {row.path or 'the model'}: {', '.join(row.vanishing)}"]
