@@ -1,7 +1,7 @@
 """The published modules under their authors' names, arguments, layouts and state_dict keys.
 
 `build("ops.dyreg.DynamicGraphWrapper", {...})` returns a module that loads the authors' state_dict with strict=True
-and computes what their module computes, on this library's ops.
+and computes what their module computes, on this library's ops. `load_checkpoint(path)` reads their files.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from .checkpoint import Checkpoint, load_checkpoint
+from .containers import CheckpointError
 from .dyreg import RSTG, DynamicGraph, DynamicGraphWrapper
 from .rsa import RSA
+
+__all__ = ["Checkpoint", "CheckpointError", "build", "load_checkpoint"]
 
 _OURS = ("rnn_type", "iterations", "num_nodes", "keep_regions")
 _NAMES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {

@@ -146,20 +146,22 @@ def _compare(found: list[Found], rows: tuple[Swapped, ...], place: Place, exampl
         except Differs as how:
             return dataclasses.replace(row, error=math.inf, wrong=str(how))
 
-    measured = []
-    for item, row in zip(found, rows, strict=True):
-        if (on := caught.get(id(item.theirs))) is not None:
-            before, after = twins(item.theirs, item.ours)
-            row = figures(row, functools.partial(_itself, before), functools.partial(_itself, after), on)
-        measured.append(row)
-
     def ready(ours: bool) -> nn.Module:
         place.put(ours=ours)
         return inner
 
-    name = class_of(inner)
-    whole = Swapped("", name, name, sum(p.numel() for p in inner.parameters()))
     try:
+        if place.itself is not None:  # one module, and the whole model
+            row = figures(rows[0], lambda: ready(False), lambda: ready(True), example)
+            return row, row
+        measured = []
+        for item, row in zip(found, rows, strict=True):
+            if (on := caught.get(id(item.theirs))) is not None:
+                before, after = twins(item.theirs, item.ours)
+                row = figures(row, functools.partial(_itself, before), functools.partial(_itself, after), on)
+            measured.append(row)
+        name = class_of(inner)
+        whole = Swapped("", name, name, sum(p.numel() for p in inner.parameters()))
         return *measured, figures(whole, lambda: ready(False), lambda: ready(True), example)
     finally:
         place.put(ours=False)

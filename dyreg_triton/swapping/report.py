@@ -75,7 +75,7 @@ class SwapReport:
         many = len(self.modules)
         lines = [f"{many} module{'' if many == 1 else 's'} swapped"]
         if self.modules:
-            rows = [*self.modules, *([self.whole] if self.whole else [])]
+            rows = [*self.modules, *([self.whole] if self.whole and self.whole not in self.modules else [])]
             lines += _table(rows)
             for row in rows:
                 if row.round_off:
