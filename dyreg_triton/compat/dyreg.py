@@ -12,6 +12,7 @@ from .. import ops
 from ..layers import dyreg, rstg
 from ..layers.generators import Fishnet, GloRe
 from ..layers.norms import ChannelAffineNorm
+from ..pretrained import Pretrained
 from ..validate import choice, flag, is_integer, layer_input, positive_int
 from .families import Family, register
 
@@ -78,7 +79,15 @@ _MEANS = ("global_mean_features", "nodes_background", "nodes_foreground", "kerne
 _LEFT = ("B", "T", "BT", "arange_h", "arange_w", *_MEANS)
 
 
-class RSTG(rstg.RSTG):
+class _Published(Pretrained):
+    """Saves `params`, which may be an object, as the mapping that was read from it."""
+
+    def _understood(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        params = arguments.get("params")
+        return arguments if params is None else {**arguments, "params": _params(type(self).__name__, params)}
+
+
+class RSTG(_Published, rstg.RSTG):
     """The published RSTG: nodes (B, T, C, N) -> (B, T, C, N)."""
 
     def __init__(
@@ -106,7 +115,7 @@ class RSTG(rstg.RSTG):
         return super().forward(nodes.mT).mT.contiguous()
 
 
-class DynamicGraph(dyreg.DynamicGraph):
+class DynamicGraph(_Published, dyreg.DynamicGraph):
     """The published DynamicGraph: (B, T, C, H, W) -> (B, T, C, H, W), no residual.
 
     With `keep_regions=True` a forward leaves, detached, what plotting code and the authors' networks read: `kernel`
@@ -230,7 +239,7 @@ class DynamicGraph(dyreg.DynamicGraph):
         return super().forward(input_feats)[0]
 
 
-class DynamicGraphWrapper(nn.Module):
+class DynamicGraphWrapper(_Published):
     """The published DynamicGraphWrapper: (B, T, C, H, W) -> (B * T, C, H, W), residual included."""
 
     def __init__(

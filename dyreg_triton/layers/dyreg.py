@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..autocast import full_precision
 from ..ops.region import pool_placed
+from ..pretrained import Pretrained
 from ..validate import choice, flag, layer_input, pair, positive_int, positive_number, profile_arguments
 from .generators import Fishnet, GloRe, node_weights
 from .norms import ChannelAffineNorm
@@ -249,7 +250,7 @@ class DynamicGraph(nn.Module):
         return y, regions
 
 
-class DyReG(nn.Module):
+class DyReG(Pretrained):
     """x + norm(branch(x)): a residual layer that finds N regions, reasons over them and writes them back.
 
     Per frame: a generator predicts N regions from the whole map (equations 1-4), features are pooled from them

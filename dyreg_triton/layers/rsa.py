@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..autocast import full_precision
+from ..pretrained import Pretrained
 from ..validate import choice, flag, is_integer, layer_input, positive_int, triple, what
 
 KINDS = ("V", "R", "V+R")
@@ -39,7 +40,7 @@ def _averaged(y: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return y
 
 
-class RSA(nn.Module):
+class RSA(Pretrained):
     """Multi-query relational self-attention over a space-time window.
 
     x is projected to L queries, one key and one value, each L2-normalised over its channels. For each position n with

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..pretrained import Pretrained
 from ..validate import choice, is_integer, layer_input, positive_int
 from .norms import ChannelAffineNorm, affine, standardise
 from .recurrence import RECURRENCES, over_time
@@ -25,7 +26,7 @@ def _mlp(inputs: int, channels: int, layers: int) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
-class RSTG(nn.Module):
+class RSTG(Pretrained):
     """Messages between all pairs of nodes of a frame, and a recurrence of each node over time, several times.
 
     With v_i the nodes of a frame, per iteration:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import inspect
 import json
 import math
 import os
 import re
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,12 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from ..validate import FLOATS, as_device, flag, is_dense, is_integer, what
+from .files import (
+    CONFIG,
+    FORMAT,
+    SCHEMA,
+    WEIGHTS,
+    content,
+    digest,
+    folder_of,
+    parsed,
+    replace,
+    safetensors_torch,
+    unpacked,
+)
+from .hub import download, hub
 
-FORMAT = "dyreg_triton"
-# Raised when the files change, or what their arguments mean: a default that changes too, for only what a constructor
-# was given is written down.
-SCHEMA = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _POSITIONAL = "*"  # among the arguments: those that a constructor takes by position alone
 _ABSENT = object()
 
@@ -129,12 +136,12 @@ class Pretrained(nn.Module):
         constructor makes, a tensor that is on "meta", not dense, or of a subclass. ImportError without safetensors.
         """
         op = f"{type(self).__name__}.save_pretrained"
-        folder = _folder(op, directory)
+        folder = folder_of(op, directory)
         if not flag(op, "push_to_hub", push_to_hub) and (repo_id is not None or options):
             given = sorted([*options, *(["repo_id"] if repo_id is not None else [])])
             raise TypeError(f"{op}: push_to_hub is False with {given}; accepted is True with them")
         if push_to_hub:
-            _hub(op)
+            hub(op)
             from huggingface_hub.utils import validate_repo_id
 
             repo_id = folder.resolve().name if repo_id is None else repo_id
@@ -156,12 +163,12 @@ class Pretrained(nn.Module):
         Raises what `save_pretrained` does; ImportError without huggingface_hub.
         """
         op = f"{type(self).__name__}.push_to_hub"
-        repository = _hub(op)(self)
+        repository = hub(op)(self)
         card = {"layer": _name(type(self)), "repo_id": repo_id, **(options.pop("model_card_kwargs", None) or {})}
         return repository.push_to_hub(repo_id, model_card_kwargs=card, **options)
 
     def _write(self, op: str, folder: Path) -> None:
-        safetensors = _safetensors(op)
+        safetensors = safetensors_torch(op)
         arguments = self._noted(op)
         tensors = self._tensors(op)
         again = _made(op, type(self), arguments, "its arguments")
@@ -186,7 +193,7 @@ class Pretrained(nn.Module):
             "version": __version__,
             "class": _name(type(self)),
             "arguments": arguments,
-            "weights": _digest(stored),
+            "weights": digest(stored),
             **({"shared": shared} if shared else {}),
         }
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -195,8 +202,8 @@ class Pretrained(nn.Module):
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"{op}: safetensors cannot hold the tensors: {error}") from error
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, data)
-        _replace(folder / CONFIG, text.encode())
+        replace(folder / WEIGHTS, data)
+        replace(folder / CONFIG, text.encode())
 
     def _noted(self, op: str) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -268,7 +275,7 @@ class Pretrained(nn.Module):
             raise ValueError(f"{op}: device is {device!r}; accepted is a device that holds data")
         if dtype is not None and dtype not in FLOATS:
             raise ValueError(f"{op}: dtype is {dtype!r}; accepted are None and {', '.join(map(str, FLOATS))}")
-        folder, repo_id = _folder(op, directory_or_repo_id, "directory_or_repo_id"), str(directory_or_repo_id)
+        folder, repo_id = folder_of(op, directory_or_repo_id, "directory_or_repo_id"), str(directory_or_repo_id)
         if folder.is_dir():
             if revision is not None:
                 raise ValueError(
@@ -276,7 +283,7 @@ class Pretrained(nn.Module):
                 )
             files = folder / CONFIG, folder / WEIGHTS
         elif isinstance(directory_or_repo_id, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
-            files = _download(
+            files = download(
                 op,
                 repo_id,
                 revision=revision,
@@ -291,12 +298,12 @@ class Pretrained(nn.Module):
 
     @classmethod
     def _read(cls: type[_Layer], op: str, config_file: Path, weights_file: Path) -> _Layer:
-        config = _parsed(op, str(config_file), _content(op, config_file))
-        tensors, inner = _unpacked(op, weights_file)
-        digest = _digest(tensors)
-        if config["weights"] != digest and inner is not None:  # config.json is of another save than the tensors
-            config = _parsed(op, f"the config in {weights_file}", inner)
-        if config["weights"] != digest:
+        config = parsed(op, str(config_file), content(op, config_file))
+        tensors, inner = unpacked(op, weights_file)
+        found = digest(tensors)
+        if config["weights"] != found and inner is not None:  # config.json is of another save than the tensors
+            config = parsed(op, f"the config in {weights_file}", inner)
+        if config["weights"] != found:
             raise ValueError(
                 f"{op}: {weights_file} is damaged, or of another save than {config_file}: its hash differs"
             )
@@ -375,7 +382,7 @@ def _beside(module: nn.Module, like: nn.Module) -> dict[str, Any]:
     held.update(dict.fromkeys((name for name, p in module._parameters.items() if p is not None), "a parameter"))
     for name in like._non_persistent_buffers_set:
         buffer = module._buffers.get(name)
-        held[name] = what(buffer) if buffer is None or buffer.is_meta else f"a buffer, {_digest({name: buffer.cpu()})}"
+        held[name] = what(buffer) if buffer is None or buffer.is_meta else f"a buffer, {digest({name: buffer.cpu()})}"
     return held
 
 
@@ -392,154 +399,3 @@ def _differences(expected: Mapping[str, Any], tensors: Mapping[str, Any]) -> str
         ],
     }
     return "; ".join(f"{kind} {', '.join(names)}" for kind, names in told.items() if names)
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, dtypes, shapes and bytes."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        t = tensors[name].contiguous()
-        total.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        total.update(t.flatten().view(torch.uint8).numpy().data)
-    return f"sha256:{total.hexdigest()}"
-
-
-def _parsed(op: str, source: str, text: str | bytes) -> dict[str, Any]:
-    """A config of a schema that is known."""
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{op}: {source} is no JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"{op}: {source} is not of this library; accepted is a JSON object with format {FORMAT!r}")
-    schema: Any = config.get("schema")
-    version = config.get("version")
-    if not is_integer(schema) or schema < 1:
-        raise ValueError(f"{op}: schema in {source} is {schema!r}; accepted is an integer from 1 to {SCHEMA}")
-    if schema > SCHEMA:
-        known = isinstance(version, str) and re.fullmatch(r"\d[\w.]*", version)
-        newer = f"'dyreg-triton>={version}'" if known else "--upgrade dyreg-triton"
-        raise ValueError(f"{op}: schema in {source} is {schema}; accepted is up to {SCHEMA}; pip install {newer}")
-    config.setdefault("shared", {})
-    kinds = {"version": str, "class": str, "weights": str, "arguments": dict, "shared": dict}
-    for key, kind in kinds.items():
-        if not isinstance(config.get(key), kind):
-            told = repr(config[key]) if key in config else "missing"
-            raise ValueError(f"{op}: {key} in {source} is {told:.200}; accepted is a {kind.__name__}")
-    if not all(isinstance(name, str) for name in config["shared"].values()):
-        raise ValueError(f"{op}: shared in {source} is {config['shared']!r:.200}; accepted are names of tensors")
-    return config
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _folder(op: str, value: Any, name: str = "directory") -> Path:
-    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
-        raise TypeError(f"{op}: {name} is {value!r}; accepted is a path")
-    if not os.fspath(value):
-        raise ValueError(f"{op}: {name} is ''; accepted is a path")
-    return Path(value)
-
-
-def _content(op: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{op}: {path} is missing; a saved layer is {CONFIG} and {WEIGHTS}") from error
-
-
-def _unpacked(op: str, path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of a file, each in memory of its own, and the config beside them if there is one."""
-    safetensors, data = _safetensors(op), _content(op, path)
-    try:
-        tensors = safetensors.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except Exception as error:  # safetensors raises what it likes
-        raise ValueError(f"{op}: {path} is no safetensors file, or damaged: {error}") from error
-    return tensors, (header.get("__metadata__") or {}).get(FORMAT)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. The temporary name is in the same folder: a rename is one step only there."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _safetensors(op: str) -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(f"{op}: the package safetensors is missing; pip install safetensors") from error
-    return safetensors.torch
-
-
-# --- the Hub --------------------------------------------------------------------------------------------------------
-
-_CARD = """---
-{{ card_data }}
----
-
-A layer of dyreg-triton. To load it: `{{ layer }}.from_pretrained("{{ repo_id }}")`
-"""
-
-
-def _hub(op: str) -> Any:
-    """huggingface_hub's mixin, around a layer to push or the files that it fetched.
-
-    It is no base class of the layers: they work without the package, and its own `save_pretrained` removes an earlier
-    config before it writes.
-    """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(f"{op}: the package huggingface_hub is missing; pip install 'dyreg-triton[hub]'") from error
-
-    class Repository(  # type: ignore[call-arg, unused-ignore]  # where the package is missing
-        huggingface_hub.ModelHubMixin, library_name="dyreg-triton", model_card_template=_CARD
-    ):
-        def __init__(self, content: Any):
-            self.content = content
-
-        def _save_pretrained(self, save_directory: Path) -> None:
-            self.content._write(op, save_directory)
-
-        @classmethod
-        def _from_pretrained(cls, *, model_id: str, **options: Any) -> Repository:
-            download = {key: options[key] for key in _DOWNLOAD}  # the mixin adds what it takes from the config
-            return cls(
-                [Path(huggingface_hub.hf_hub_download(model_id, name, **download)) for name in (CONFIG, WEIGHTS)]
-            )
-
-    return Repository
-
-
-_DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-
-
-def _download(op: str, repo_id: str, **options: Any) -> tuple[Path, Path]:
-    """The config and the weights of a repository, fetched."""
-    try:
-        repository = _hub(op)
-    except ImportError as error:
-        raise ImportError(f"{op}: there is no folder {repo_id!r}; to look on the Hub, {error}") from error
-    from huggingface_hub import errors
-
-    try:
-        return tuple(repository.from_pretrained(repo_id, **options).content)
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
-        raise FileNotFoundError(f"{op}: {repo_id!r} is no folder, and not to be had from the Hub: {error}") from error
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        RecursionError,
-        AttributeError,
-    ) as error:  # the mixin reads the config too
-        raise ValueError(f"{op}: {CONFIG} of {repo_id!r} on the Hub is not of this library: {error}") from error
