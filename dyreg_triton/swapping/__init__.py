@@ -66,13 +66,13 @@ def swap(
     if _inside_compile():
         raise RuntimeError("swap: called inside torch.compile; accepted is before: swap the model, then compile it")
     names = _check(model, only, keep_regions)
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, torch.inference_mode(False):
         result = search(model, names, keep_regions)
         _check_names(names, result)
         rows = tuple(item.row() for item in result.found)
         report = SwapReport(model, rows, tuple(result.left), tuple(result.already))
         if not rows:
-            if result.left or not result.already:
+            if not result.already:
                 looked_for = tuple(family.name for family in families() if family.settings)
                 raise SwapError(f"swap: {nothing(report, looked_for)}", report)
             return report

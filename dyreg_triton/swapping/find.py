@@ -132,6 +132,10 @@ def prepare(theirs: nn.Module, family: Family, keep_regions: bool, pairs: Pairs)
             )
     if isinstance(theirs, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise Unlike("it is compiled by TorchScript; accepted is the module that it was made from")
+    if any(module._compiled_call_impl is not None for module in theirs.modules()):
+        raise Unlike("it is compiled by .compile(); accepted is before: swap, then compile")
+    if any(nn.parameter.is_lazy(t) for t in (*theirs.parameters(), *theirs.buffers())):
+        raise Unlike("it has lazy parameters without values; accepted is after the first forward")
     if "forward" in theirs.__dict__:
         raise Unlike("its forward is set on the instance; accepted is that of its class")
     try:
