@@ -23,6 +23,7 @@ from support import (
     assert_identical,
     assert_results_close,
     awake,
+    backends,
     relative_error,
     run,
 )
@@ -260,6 +261,17 @@ def test_frozen_weights_and_sixty_four_bits_by_default() -> None:
     assert not any(p.requires_grad for p in model.parameters())
     assert next(model.parameters()).dtype == torch.float32
     assert_same(run(model, x), run(original, x))
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("variant", ["rsa VplusR VplusR", "wrapper"])
+def test_the_example_runs_on_the_backend_that_is_set(variant: str, backend: str) -> None:
+    model, x = holder(variant)
+    with dt.backend(backend):
+        report = dt.swap(model, example=x[:1, :, :2, :4, :3] if x.shape == CLIP else x[:1])
+    assert report.whole is not None
+    assert report.whole.round_off is None
+    assert 0 < report.modules[0].error <= 1e-3  # type: ignore[operator]
 
 
 # --- training -------------------------------------------------------------------------------------------------------
