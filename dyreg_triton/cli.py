@@ -94,41 +94,45 @@ def _device(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r}; accepted is cpu, cuda, cuda:1, ...") from failure
 
 
-def _model(factory: str) -> Any:
-    """What `package.module:factory` names, called if it is no module yet."""
+def _model(factory: str, arguments: Sequence[str]) -> Any:
+    """What `package.module:factory` names, called if it is no module yet; it sees `arguments` as its command line.
+
+    The authors' modules read theirs where they are imported.
+    """
     from torch import nn
 
     where, _, what = factory.partition(":")
     if os.getcwd() not in sys.path:  # the installed command does not look there by itself
         sys.path.insert(0, os.getcwd())
+    kept, sys.argv = sys.argv, [where, *arguments]
     try:
         found: Any = importlib.import_module(where)
         for name in what.split("."):
             found = getattr(found, name)
-    except (ImportError, AttributeError) as failure:
-        raise ValueError(f"factory is {factory!r}; accepted is what can be imported here: {failure}") from failure
-    if isinstance(found, nn.Module):
-        return found
-    if not callable(found):
+        if not isinstance(found, nn.Module):
+            if not callable(found):
+                raise TypeError(f"{what} is a {type(found).__name__}, no function and no torch.nn.Module")
+            found = found()
+            if not isinstance(found, nn.Module):
+                raise TypeError(f"{what} returns a {type(found).__name__}, no torch.nn.Module")
+    except (Exception, SystemExit) as failure:
         raise ValueError(
-            f"factory is {factory!r}, a {type(found).__name__}; accepted is a function or a torch.nn.Module"
-        )
-    try:
-        model = found()
-    except Exception as failure:
-        raise ValueError(f"factory is {factory!r}, and fails: {type(failure).__name__}: {failure}") from failure
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"factory is {factory!r}, and returns a {type(model).__name__}; accepted is a torch.nn.Module")
-    return model
+            f"factory is {factory!r}; accepted is what makes a torch.nn.Module here: "
+            f"{type(failure).__name__}: {failure}"
+        ) from failure
+    finally:
+        sys.argv = kept
+    return found
 
 
-def _swap(options: argparse.Namespace) -> str:
+def _swap(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     """Swap the layers of a user's own model, and say what came of it."""
     import torch
 
     from .swapping import swap
 
-    model = _model(options.factory).train(options.train)
+    model = _model(options.factory, arguments)
+    model.train(options.train)  # a statement of its own: the authors' networks return nothing here
     try:
         model.to(options.device, getattr(torch, options.dtype or "", None))
     except (RuntimeError, AssertionError) as failure:
@@ -145,7 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dyreg-triton", description="Fast, exact layers for video understanding.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("env", help="print what a bug report needs, and which backend would run here and why")
-    replace = commands.add_parser("swap", help="replace the published layers in your model, and compare and time both")
+    replace = commands.add_parser(
+        "swap",
+        help="replace the published layers in your model, and compare and time both",
+        epilog="What follows -- is the command line that the factory's module sees.",
+    )
     replace.add_argument("factory", type=_factory, help="package.module:factory, which makes the model, or is one")
     replace.add_argument(
         "--example",
@@ -169,12 +177,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     replace.add_argument(
         "--keep-regions", action="store_true", help="let dynamic graphs leave their regions to be read"
     )
-    options = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    end = given.index("--") if "--" in given else len(given)
+    options = parser.parse_args(given[:end])
     if options.command == "env":
         print(environment())
         return 0
     try:
-        print(_swap(options))
+        print(_swap(options, given[end + 1 :]))
     except (ValueError, TypeError, RuntimeError) as refusal:
         print(refusal, file=sys.stderr)
         return 1

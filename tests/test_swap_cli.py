@@ -54,6 +54,22 @@ def number():
 instance = published.RSANet()
 count = 3
 """
+# as the authors': the command line is read at import, and train() returns nothing
+PARSING = """
+import argparse
+import published
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--channels", type=int, default=4)
+args = parser.parse_args()
+
+class Net(published.RSANet):
+    def __init__(self):
+        super().__init__(channels=args.channels)
+
+    def train(self, mode=True):
+        super().train(mode)
+"""
 CLIP = "2,3,3,6,5"
 
 
@@ -64,6 +80,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "models.py").write_text(MODELS)
+    (package / "parsing.py").write_text(PARSING)
     (package / "faulty.py").write_text("import no_such_package\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
@@ -99,6 +116,11 @@ GOOD = {
         ["somebody.models:clips", "--only", "layer1", "--only", "layer2", "--example", CLIP],
         SWAPPED["rsa net"],
     ),
+    "one that reads its command line": (["somebody.parsing:Net", "--example", CLIP], SWAPPED["rsa net"]),
+    "one that is given some": (
+        ["somebody.parsing:Net", "--example", CLIP, "--only", "layer2", "--", "--channels", "12"],
+        SWAPPED["rsa net"][1:],
+    ),
     "with regions": (["somebody.models:reading", "--example", "2,2,3,7,7", "--keep-regions"], SWAPPED["tsn"]),
 }
 
@@ -116,6 +138,7 @@ def test_prints_the_report(case: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert not [line for line in out.splitlines() if others & set(line.split())]
     assert "Traceback" not in err
     assert torch.get_default_dtype() == dtype
+    assert "somebody" not in sys.argv[0]
 
 
 REFUSED = {
@@ -126,6 +149,7 @@ REFUSED = {
     "a factory with arguments": (["somebody.models:needy", "--example", CLIP], 1, "needy"),
     "no model": (["somebody.models:number", "--example", CLIP], 1, "somebody.models:number"),
     "no factory": (["somebody.models:count", "--example", CLIP], 1, "somebody.models:count"),
+    "an import that exits": (["somebody.parsing:Net", "--example", CLIP, "--", "--chanels", "12"], 1, "--chanels"),
     "nothing to swap": (["somebody.models:plain", "--example", "2,3"], 1, "RSA"),
     "another shape": (["somebody.models:clips", "--example", "2,4,3,6,5"], 1, "example"),
     "too few inputs": (["somebody.models:Two", "--example", CLIP], 1, "example"),
