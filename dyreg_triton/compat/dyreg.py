@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers import dyreg, rstg
 from ..layers.generators import Fishnet, GloRe
+from ..layers.leaves import tensor_of
 from ..layers.norms import ChannelAffineNorm
 from ..pretrained import Pretrained
 from ..validate import choice, flag, is_integer, layer_input, positive_int
@@ -108,11 +109,11 @@ class RSTG(_Published, rstg.RSTG):
         super().__init__(positive_int(op, "node_dim", node_dim), **options)
         self.num_nodes = positive_int(op, "num_nodes", num_nodes)
 
-    def forward(self, nodes: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the published name
         shape = (None, None, self.channels, self.num_nodes)
         form = f"(B, T, {shape[2]}, {shape[3]}) for node_dim {shape[2]} and num_nodes {shape[3]}"
-        layer_input("ops.rstg.RSTG", "input", nodes, next(self.parameters()), shape, form)
-        return super().forward(nodes.mT).mT.contiguous()
+        layer_input("ops.rstg.RSTG", "input", input, tensor_of(self.internal_lstm), shape, form)
+        return super().forward(input.mT).mT.contiguous()
 
 
 class DynamicGraph(_Published, dyreg.DynamicGraph):

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..autocast import autocast_is_on
 from ..layers import rsa
 from ..validate import choice, flag, is_integer, positive_int, triple
 from .families import Family, register
@@ -66,6 +70,11 @@ class RSA(rsa.RSA):
             context=_KINDS[feat_type],
             basic_projection=kernel_type != "V",
         )
+
+    def average(self, y: Tensor) -> Tensor:
+        if max(self.stride) > 1 and y.device.type == "cpu" and autocast_is_on("cpu"):
+            y = y.to(torch.promote_types(y.dtype, torch.float32))  # as torch's avg_pool3d there
+        return super().average(y)
 
 
 def _settings(module: Any) -> dict[str, Any]:

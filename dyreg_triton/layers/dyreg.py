@@ -14,6 +14,7 @@ from ..ops.region import pool_placed
 from ..pretrained import Pretrained
 from ..validate import choice, flag, layer_input, pair, positive_int, positive_number, profile_arguments
 from .generators import Fishnet, GloRe, node_weights
+from .leaves import read, tensor_of
 from .norms import ChannelAffineNorm
 from .recurrence import RECURRENCES, over_time
 from .recurrence import recurrence as make_recurrence
@@ -147,8 +148,8 @@ class DynamicGraph(nn.Module):
         if self.train_size != self.size:
             maps = F.adaptive_avg_pool2d(maps, self.train_size)
         if self.generator == "fc":
-            connected: Any = self.global_conv[0]
-            maps = F.linear(self.fishnet(maps).flatten(1), connected.weight.flatten(1), connected.bias)
+            weight, bias = read(self.global_conv[0], nn.Conv2d)
+            maps = F.linear(self.fishnet(maps).flatten(1), weight.flatten(1), bias)
             latent = maps.unflatten(1, (self.num_nodes, -1))
         else:
             latent = self.glore(maps)
@@ -166,10 +167,8 @@ class DynamicGraph(nn.Module):
         latent = self.latent(features) if variant.sees else self.region_latent
         with full_precision(features.device.type):  # a lowered region moves its nodes by percents
             wide = torch.promote_types(latent.dtype, torch.float32)
-            bias = self.offset_pred.bias
-            offsets = F.linear(
-                latent.to(wide), self.offset_pred.weight.to(wide), None if bias is None else bias.to(wide)
-            )
+            weight, bias = read(self.offset_pred, nn.Linear)
+            offsets = F.linear(latent.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
             offsets = offsets * self.offset_alpha.to(wide)
             return offsets if variant.grows else F.pad(offsets[..., 2:], (2, 0))
 
@@ -203,7 +202,7 @@ class DynamicGraph(nn.Module):
         K W^T = pool(W.view(C, H, W)). At another size than the training one the kernel is averaged down first, which
         is linear too: its adjoint carries W up to this size.
         """
-        weight = self.kernel_projection1.weight.unflatten(1, self.train_size)
+        weight = read(self.kernel_projection1, nn.Linear)[0].unflatten(1, self.train_size)
         for axis, (large, small) in enumerate(zip(self.size, self.train_size, strict=True)):
             if large != small:
                 with full_precision(weight.device.type):
@@ -216,7 +215,7 @@ class DynamicGraph(nn.Module):
         """The features that nodes are pooled from: x (B, T, C, H, W), projected where the layer projects."""
         shape = (None, None, self.in_channels, *self.size)
         form = f"(B, T, {', '.join(map(str, shape[2:]))}) for in_channels {self.in_channels} and size {self.size}"
-        layer_input("DyReG", "x", x, next(self.kernel_projection1.parameters()), shape, form)
+        layer_input("DyReG", "x", x, tensor_of(self.kernel_projection1), shape, form)
         if not self.project:
             return x
         return self.norm_dict["dynamic_graph_projection"](self.project_i3d_linear(x.flatten(0, 1))).unflatten(
@@ -240,13 +239,14 @@ class DynamicGraph(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         nodes, regions = self.reason(x)
         if self.project:  # on N nodes, not on H*W cells; the bias stays outside, for the kernels do not sum to one
-            nodes = F.linear(nodes, self.project_back_i3d_linear.weight.flatten(1))
+            weight, bias = read(self.project_back_i3d_linear, nn.Conv2d)
+            nodes = F.linear(nodes, weight.flatten(1))
         if self.variant is None:
             y = (nodes.mT @ regions.to(nodes.dtype).flatten(-2)).unflatten(-1, self.size)
         else:
             y = ops.region_remap(nodes, regions, self.size, profile=self.profile, temperature=self.temperature)
         if self.project:
-            y = y + cast(Tensor, self.project_back_i3d_linear.bias).to(y.dtype).view(-1, 1, 1)
+            y = y + bias.to(y.dtype).view(-1, 1, 1)
         return y, regions
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..pretrained import Pretrained
 from ..validate import choice, is_integer, layer_input, positive_int
+from .leaves import read, tensor_of
 from .norms import ChannelAffineNorm, affine, standardise
 from .recurrence import RECURRENCES, over_time
 from .recurrence import recurrence as make_recurrence
@@ -102,13 +101,13 @@ class RSTG(Pretrained):
 
     def messages(self, nodes: Tensor) -> Tensor:
         """Messages before their normalisation: (B, T, receivers N, senders N, C)."""
-        first: Any = self.send_mlp[0]
+        weight, bias = read(self.send_mlp[0], nn.Linear)
         if self.combine == "sum":
-            sender = receiver = F.linear(nodes, first.weight)
+            sender = receiver = F.linear(nodes, weight)
         else:
-            of_sender, of_receiver = first.weight.split(self.channels, dim=1)
+            of_sender, of_receiver = weight.split(self.channels, dim=1)
             sender, receiver = F.linear(nodes, of_sender), F.linear(nodes, of_receiver)
-        hidden = (receiver + first.bias).unsqueeze(3) + sender.unsqueeze(2)
+        hidden = (receiver + bias).unsqueeze(3) + sender.unsqueeze(2)
         return self.send_mlp[1:](hidden)
 
     def space(self, nodes: Tensor) -> Tensor:
@@ -125,7 +124,7 @@ class RSTG(Pretrained):
 
     def forward(self, nodes: Tensor) -> Tensor:
         form = f"(B, T, N, {self.channels}) for channels {self.channels}"
-        layer_input("RSTG", "nodes", nodes, next(self.parameters()), (None, None, None, self.channels), form)
+        layer_input("RSTG", "nodes", nodes, tensor_of(self.internal_lstm), (None, None, None, self.channels), form)
         nodes = self.norm_dict["before_graph_norm"](nodes)
         for _ in range(self.iterations):
             if self.order == "time-space":
