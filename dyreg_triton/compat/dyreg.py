@@ -313,7 +313,7 @@ register(
         DynamicGraphWrapper,
         ("dynamic_graph", "norm_dict"),
         _wrapper_settings,
-        lambda ours: (2, 2, ours.dynamic_graph.in_channels, *ours.dynamic_graph.size),
+        lambda ours: (2, 3, ours.dynamic_graph.in_channels, *ours.dynamic_graph.size),
     )
 )
 register(
@@ -322,7 +322,7 @@ register(
         DynamicGraph,
         ("rstg", "offset_lstm", "offset_pred", "offset_alpha", "kernel_projection1"),
         _graph_settings,
-        lambda ours: (2, 2, ours.in_channels, *ours.size),
+        lambda ours: (2, 3, ours.in_channels, *ours.size),
         (*_KEPT, *_LEFT),
         _KEPT,
     )
@@ -333,7 +333,7 @@ register(
         RSTG,
         ("internal_lstm", "external_lstm", "send_mlp", "norm_dict"),
         _rstg_settings,
-        lambda ours: (2, 2, ours.channels, ours.num_nodes),
+        lambda ours: (2, 12, ours.channels, ours.num_nodes),
         ("B", "T"),
     )
 )

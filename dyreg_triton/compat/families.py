@@ -59,12 +59,17 @@ def is_ours(module: nn.Module) -> bool:
 
 def family_of(module: nn.Module) -> Family | None:
     """The family whose name one of the module's classes bears, or else whose parts it has."""
+    return _met(module, alone=True)
+
+
+def part_of(module: nn.Module) -> Family | None:
+    """The same of the families that are replaced only as a part of another."""
+    return _met(module, alone=False)
+
+
+def _met(module: nn.Module, *, alone: bool) -> Family | None:
     names = {cls.__name__ for cls in type(module).__mro__}
-    for family in families():
-        if family.settings is not None and family.name in names:
-            return family
     parts = {*module._modules, *module._parameters, *getattr(module, "parametrizations", ())}
-    for family in families():
-        if family.settings is not None and parts.issuperset(family.parts):
-            return family
-    return None
+    some = [family for family in families() if (family.settings is not None) is alone]
+    named = (family for family in some if family.name in names)
+    return next(named, None) or next((family for family in some if parts.issuperset(family.parts)), None)

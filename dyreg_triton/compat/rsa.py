@@ -82,4 +82,4 @@ def _settings(module: Any) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
 
 
-register(Family("RSA", RSA, ("projection", "H2"), _settings, lambda ours: (2, ours.in_channels, 2, 4, 3)))
+register(Family("RSA", RSA, ("projection", "H2"), _settings, lambda ours: (2, ours.in_channels, 3, 5, 4)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import itertools
 import re
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..compat.families import Family, families, family_of, is_ours
+from ..compat.families import Family, families, family_of, is_ours, part_of
 from .adopt import Pairs, adopt, stand_in
 from .probe import Unlike, probe, twin
 from .report import Left, Swapped
@@ -132,6 +133,7 @@ def prepare(theirs: nn.Module, family: Family, keep_regions: bool, pairs: Pairs)
             )
     if isinstance(theirs, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise Unlike("it is compiled by TorchScript; accepted is the module that it was made from")
+    _plain_classes(theirs)
     if any(module._compiled_call_impl is not None for module in theirs.modules()):
         raise Unlike("it is compiled by .compile(); accepted is before: swap, then compile")
     if any(nn.parameter.is_lazy(t) for t in (*theirs.parameters(), *theirs.buffers())):
@@ -152,6 +154,23 @@ def prepare(theirs: nn.Module, family: Family, keep_regions: bool, pairs: Pairs)
     probe(family, ours, theirs, adopted)
     pairs.update(adopted)
     return ours
+
+
+def _plain_classes(theirs: nn.Module) -> None:
+    """Raise `Unlike` where more than the forward of a module was changed, which ours would lose."""
+    machinery = {name for name, value in vars(nn.Module).items() if callable(value) or isinstance(value, property)}
+    machinery -= {"__init__", "forward", "extra_repr"}
+    for path, module in theirs.named_modules():
+        if module is not theirs and family_of(module) is None and part_of(module) is None:
+            continue
+        classes = list(itertools.takewhile(lambda cls: cls is not nn.Module, type(module).__mro__))
+        if parametrize.is_parametrized(module):
+            classes = classes[1:]
+        changed = {name for cls in classes for name in vars(cls)} | set(vars(module))
+        if lost := sorted(changed & machinery):
+            raise Unlike(f"{path or 'it'} has {', '.join(lost)} of its own, which ours would not have")
+        if any(getattr(cls, "__slots__", ()) for cls in classes):
+            raise Unlike(f"{path or 'it'} has __slots__, which ours would not have")
 
 
 def _same_arguments(ours: nn.Module, theirs: nn.Module) -> None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..compat.families import Family
 from ..dispatch import backend
+from ..validate import what
 from .adopt import Pairs
 
-# relative, L2: of outputs and gradients. Two ways to sum the same in float64 differ by 1e-13; an eps of 1e-5 instead of
-# 1e-6 by 1e-6
-BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3}
+# relative, L2: of outputs, of gradients; two ways to sum the same in float64 differ by 1e-13
+BOUNDS = {torch.float64: (1e-8, 1e-8), torch.float32: (1e-5, 1e-3)}
+# in training or not, and the input's size: small ones show what is added to a norm, large ones what is cut off
+RUNS = ((False, 1.0), (True, 1e-3), (False, 30.0))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -52,23 +56,38 @@ def twin(
 
 
 @contextlib.contextmanager
-def forked_rng(device: torch.device) -> Iterator[None]:
-    """What draws random numbers draws the same each time, and leaves the generators as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
+def forked_rng(device: torch.device) -> Iterator[Callable[[], list[Any]]]:
+    """What draws random numbers draws the same each time, and leaves the generators as they were.
+
+    Gives a function that tells their state. torch.manual_seed would seed every device.
+    """
+    cuda = device.type == "cuda"
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(0)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            yield lambda: [
+                torch.get_rng_state().tolist(),
+                torch.cuda.get_rng_state(device).tolist() if cuda else None,
+                random.getstate(),
+                repr(np.random.get_state()),
+            ]
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
 
 
 @contextlib.contextmanager
-def _plain(device: torch.device) -> Iterator[None]:
-    """Arithmetic as written, whatever the caller is in."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-        forked_rng(device),
-    ):
-        yield
+def _plain(device: torch.device) -> Iterator[Callable[[], list[Any]]]:
+    """Arithmetic as written, whatever the caller is in; gives what `forked_rng` does."""
+    autocast = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), autocast, forked_rng(device) as states:
+        yield states
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
@@ -89,7 +108,7 @@ def gradients(outputs: list[Tensor], weights: list[Tensor], inputs: list[Tensor]
 
 def error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """||actual - expected|| / max(||expected||, floor) in float64; infinite where only one of the two is not finite."""
-    if actual.shape != expected.shape or actual.is_complex() != expected.is_complex():
+    if actual.shape != expected.shape:
         return math.inf
     wide = torch.complex128 if expected.is_complex() else torch.float64
     a, b = actual.detach().to(wide), expected.detach().to(wide)
@@ -118,8 +137,8 @@ class _Calls:
 def probe(family: Family, ours: nn.Module, theirs: nn.Module, pairs: Pairs) -> None:
     """Raise `Unlike` unless both give the same outputs and gradients, in evaluation and in training.
 
-    The parameters are random, so that a scale that starts at 0 hides nothing; float64 where the device and the
-    published code have it, so that round-off hides nothing either.
+    The parameters are random, so that a scale that starts at 0 hides nothing. In float64, so that round-off hides
+    nothing either; only what does not run in it (a device, a forward that casts) is compared in float32.
     """
     assert family.shape is not None
     shape = family.shape(ours)
@@ -142,7 +161,7 @@ def _compare(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], pairs: 
     device = next(theirs.parameters()).device
     drawn: dict[int, Tensor] = {}
 
-    def random(t: Tensor) -> Tensor:
+    def made_up(t: Tensor) -> Tensor:
         if not t.is_floating_point():
             return t.detach().clone()
         if id(t) not in drawn:
@@ -155,17 +174,17 @@ def _compare(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], pairs: 
         value = drawn[id(t)].clone()
         return nn.Parameter(value) if isinstance(t, nn.Parameter) else value
 
-    x = normal(shape, dtype, device, seed=0)
     hooked = [
         (path, module)
         for path, module in theirs.named_modules()
         if module is not theirs and any(getattr(module, hooks) for hooks in HOOKS)
     ]
-    for training in (False, True):
+    for seed, (training, size) in enumerate(RUNS):
+        x = normal(shape, dtype, device, seed) * size
         results = []
         for root in (theirs, ours):
             made: dict[int, nn.Module] = {}
-            module = twin(root, random, training, made)
+            module = twin(root, made_up, training, made)
             counterparts = [
                 made.get(id(pairs[id(m)].ours if root is ours and id(m) in pairs else m)) for _, m in hooked
             ]
@@ -173,19 +192,22 @@ def _compare(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], pairs: 
             results.append(_run(module, x, root is theirs))
             results[-1]["calls"] = calls.seen
         before, after = results
-        _agree(before, after, BOUNDS[dtype])
+        _agree(before, after, *BOUNDS[dtype])
         for (path, _), expected, actual in zip(hooked, before["calls"], after["calls"], strict=True):
-            _same_calls(path, expected, actual, BOUNDS[dtype])
+            _same_calls(path, expected, actual, BOUNDS[dtype][0])
 
 
 def _run(module: nn.Module, x: Tensor, published: bool) -> dict[str, Any]:
     x = x.clone().requires_grad_()
     parameters = dict(module.named_parameters())
     try:
-        with _plain(x.device), cudnn_rnn_backward(module), backend("eager"):
+        with _plain(x.device) as states, cudnn_rnn_backward(module), backend("eager"):
             y = module(x.clone())  # a module may write into its input
             if not isinstance(y, Tensor):
                 raise Unlike(f"its forward returns a {type(y).__name__}; accepted is a tensor")
+            drawn = states()
+            if published and y.dtype != x.dtype:
+                raise TypeError(f"its output is in {y.dtype}")
             slopes = gradients([y], [normal(y.shape, y.dtype, y.device, seed=1)], [x, *parameters.values()])
     except Unlike:
         raise
@@ -194,25 +216,27 @@ def _run(module: nn.Module, x: Tensor, published: bool) -> dict[str, Any]:
         if published:
             raise _Fails(f"its own forward fails on a random input {tuple(x.shape)}: {said}") from failure
         raise Unlike(f"its forward takes a random input {tuple(x.shape)} and ours does not: {said}") from failure
-    return {"y": y, "gradients": dict(zip(["the input", *parameters], slopes, strict=True))}
+    return {"y": y, "gradients": dict(zip(["the input", *parameters], slopes, strict=True)), "drawn": drawn}
 
 
-def _agree(before: dict[str, Any], after: dict[str, Any], bound: float) -> None:
-    wrong = error(after["y"], before["y"])
-    if not wrong <= bound:
-        shapes = f"{tuple(before['y'].shape)} and {tuple(after['y'].shape)}"
+def _agree(before: dict[str, Any], after: dict[str, Any], bound: float, slope_bound: float) -> None:
+    if before["drawn"] != after["drawn"]:
+        raise Unlike("its forward draws random numbers that ours does not")
+    y, expected = after["y"], before["y"]
+    wrong = error(y, expected)
+    if not wrong <= bound or y.dtype != expected.dtype:
         raise Unlike(
-            f"its forward computes something else: on a random input the outputs, {shapes}, differ by {wrong:.1e} "
-            f"(relative), accepted is {bound:.0e}"
+            f"its forward computes something else: on a random input the outputs, {what(expected)} and {what(y)}, "
+            f"differ by {wrong:.1e} (relative), accepted is {bound:.0e}"
         )
     slopes = before["gradients"]
     floor = 1e-3 * math.sqrt(sum(t.double().norm().item() ** 2 for t in slopes.values()))
     for name, expected in slopes.items():
         wrong = error(after["gradients"][name], expected, floor)
-        if not wrong <= bound:
+        if not wrong <= slope_bound:
             raise Unlike(
                 f"its forward gives {name} another gradient: on a random input they differ by {wrong:.1e} (relative), "
-                f"accepted is {bound:.0e}"
+                f"accepted is {slope_bound:.0e}"
             )
 
 
