@@ -16,7 +16,7 @@ from torch import nn
 from ..compat.families import families
 from ..validate import flag
 from .adopt import Place
-from .compare import Differs, Example, catch_inputs, measure, prepare_example, run, said, twins
+from .compare import Differs, Example, catch_inputs, measure, prepare_example, said, twins
 from .find import Found, Search, class_of, search, selected
 from .report import Left, SwapError, Swapped, SwapReport, different, nothing
 
@@ -66,6 +66,7 @@ def swap(
     if _inside_compile():
         raise RuntimeError("swap: called inside torch.compile; accepted is before: swap the model, then compile it")
     names = _check(model, only, keep_regions)
+    inputs = None if example is None else prepare_example(example, model)
     with _ONE_AT_A_TIME, torch.inference_mode(False):
         result = search(model, names, keep_regions)
         _check_names(names, result)
@@ -77,12 +78,13 @@ def swap(
                 raise SwapError(f"swap: {nothing(report, looked_for)}", report)
             return report
         place = Place(model, result.pairs, [(item.theirs, item.ours) for item in result.found])
-        if example is not None:
-            *measured, whole = _compare(result.found, rows, place, prepare_example(example, model))
+        if inputs is not None:
+            *measured, whole = _compare(result.found, rows, place, inputs)
             report.modules, report.whole = tuple(measured), whole
             if wrong := [row for row in (*measured, whole) if row.wrong]:
                 raise SwapError(f"swap: {different(wrong)}", report)
         place.put(ours=True)
+        place.forget()
         report._restore = place.restore
         return report
 
@@ -133,12 +135,7 @@ def _compare(found: list[Found], rows: tuple[Swapped, ...], place: Place, exampl
     model = place.model
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     inner: nn.Module = model.module if isinstance(model, parallel) else model  # ours need not wait for other processes
-    try:
-        caught = catch_inputs([item.theirs for item in found], lambda: run(inner, example))
-    except Exception as failure:
-        raise ValueError(
-            f"swap: example is {example}; accepted is what {type(inner).__name__} takes, and it fails: {said(failure)}"
-        ) from failure
+    caught = catch_inputs([item.theirs for item in found], inner, example)
 
     def figures(row: Swapped, before: Callable[[], nn.Module], after: Callable[[], nn.Module], on: Example) -> Swapped:
         try:
@@ -158,7 +155,12 @@ def _compare(found: list[Found], rows: tuple[Swapped, ...], place: Place, exampl
         for item, row in zip(found, rows, strict=True):
             if (on := caught.get(id(item.theirs))) is not None:
                 before, after = twins(item.theirs, item.ours)
-                row = figures(row, functools.partial(_itself, before), functools.partial(_itself, after), on)
+                try:
+                    row = figures(row, functools.partial(_itself, before), functools.partial(_itself, after), on)
+                except Exception as failure:
+                    row = dataclasses.replace(row, note=f"not compared by itself, where it fails: {said(failure)}")
+            else:
+                row = dataclasses.replace(row, note="not reached by the example, so not compared on it")
             measured.append(row)
         name = class_of(inner)
         whole = Swapped("", name, name, sum(p.numel() for p in inner.parameters()))

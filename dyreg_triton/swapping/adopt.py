@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..compat.families import families
+from ..compat.families import families, family_of
 
 # where nn.Module keeps what it holds; these very objects are shared, so a handle removes its hook as before, and what
 # is done to one of the two modules (loading, casting, hooking) is done to both
@@ -52,12 +52,26 @@ def adopt(ours: nn.Module, theirs: nn.Module, leaves: frozenset[str], pairs: Pai
     return ours
 
 
-def _parametrize(ours: nn.Module, theirs: nn.Module) -> None:
-    """torch serves a parametrized tensor as a property of a class made for the one instance."""
-    made = vars(type(theirs))
-    names = [*theirs.parametrizations, "__getstate__", "__deepcopy__"]  # type: ignore[misc]
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class, without the one that torch makes for an instance with parametrizations."""
+    cls = type(module)
+    base = cls.__bases__[0]
+    return base if cls.__name__ == f"Parametrized{base.__name__}" else cls
+
+
+def _served(module: nn.Module) -> set[str]:
+    """The tensors that a module serves by parametrizations."""
+    cls = type(module)
+    return {k for k, v in vars(cls).items() if isinstance(v, property)} if cls is not plain_class(module) else set()
+
+
+def _parametrize(module: nn.Module, like: nn.Module) -> None:
+    """Let a module serve the parametrized tensors of another, which torch does by a class made for the one instance."""
+    made = vars(type(like))
+    names = [*like.parametrizations, "__getstate__", "__deepcopy__"]  # type: ignore[misc]
     members = {name: made[name] for name in names if name in made}
-    ours.__class__ = type(f"Parametrized{type(ours).__name__}", (type(ours),), members)
+    cls = type(module)
+    module.__class__ = type(f"Parametrized{cls.__name__}", (cls,), members)
 
 
 def point_hooks(module: nn.Module) -> None:
@@ -82,6 +96,7 @@ class Place:
         self.model, self.pairs = model, pairs
         self.theirs = {id(ours): theirs for theirs, ours in couples}
         self.ours = {id(theirs): ours for theirs, ours in couples}
+        self.left: dict[int, dict[str, Any]] = {}  # what a forward left on the published modules, while ours stand
         # the model itself has no parent in which it could be replaced
         self.itself = next((couple for couple in couples if couple[0].__dict__ is model.__dict__), None)
 
@@ -96,14 +111,35 @@ class Place:
             for name, child in parent._modules.items():
                 if id(child) in chosen:
                     parent._modules[name] = chosen[id(child)]
-        for mine, original, _ in self.pairs.values():
+        for key, (mine, original, _) in self.pairs.items():
             now = mine if ours else original
             point_hooks(self.model if now.__dict__ is self.model.__dict__ else now)
+            if not ours:
+                original.__dict__.update(self.left.pop(key, {}))
+            elif family := family_of(original):  # or who holds the original would read what is no longer true
+                names = [name for name in family.leaves if name in original.__dict__]
+                self.left.setdefault(key, {}).update({name: original.__dict__.pop(name) for name in names})
+
+    def forget(self) -> None:
+        """Free the tensors that the last forward left on the published modules; a dict for them stays, empty."""
+        for left in self.left.values():
+            kept = {name: {} if isinstance(value, dict) else value for name, value in left.items()}
+            left.clear()
+            left.update({name: value for name, value in kept.items() if not isinstance(value, Tensor)})
 
     def restore(self) -> None:
         """Let the published modules stand in the model, with what was changed on ours that the two do not share."""
+        standing = {id(module) for module in self.model.modules()}
+        if self.itself is None and not standing & {id(ours) for ours in self.ours.values()}:
+            raise RuntimeError("undo: none of the modules that were put in is there; undo a later swap of theirs first")
+        if self.itself is not None and self.model.__dict__ is not self.itself[1].__dict__:
+            raise RuntimeError("undo: the model is no longer what the swap made it; undo a later swap first")
         originals = {id(mine): original for mine, original, _ in self.pairs.values()}
         for mine, original, own in self.pairs.values():
+            if _served(mine) != _served(original):
+                original.__class__ = plain_class(original)
+                if _served(mine):
+                    _parametrize(original, mine)
             original.__dict__.update({k: v for k, v in mine.__dict__.items() if k in _FLAGS or k not in own})
             if mine._modules is not original._modules:
                 children = {name: originals.get(id(child), child) for name, child in mine._modules.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import statistics
 import time
@@ -25,12 +26,13 @@ class Bounds(NamedTuple):
     gradients: float
     floor: float  # share of the norm of all gradients; that of a parameter below it is the others' round-off
     wider: torch.dtype | None
+    most: float  # of an original's own error that passes for round-off
 
 
-_SIXTEEN_BITS = Bounds(3e-2, 1e-1, 1e-1, torch.float32)
+_SIXTEEN_BITS = Bounds(3e-2, 1e-1, 1e-1, torch.float32, 0.5)
 TOLERANCE = {
-    torch.float64: Bounds(1e-9, 1e-7, 1e-3, None),
-    torch.float32: Bounds(1e-4, 1e-3, 1e-3, torch.float64),
+    torch.float64: Bounds(1e-9, 1e-7, 1e-3, None, 0.0),
+    torch.float32: Bounds(1e-4, 1e-3, 1e-3, torch.float64, 0.1),
     torch.bfloat16: _SIXTEEN_BITS,
     torch.float16: _SIXTEEN_BITS,
 }
@@ -112,10 +114,14 @@ class Measured:
     after_ms: float
     wrong: str | None  # what is beyond the tolerance, in words
     round_off: tuple[float, float] | None  # how far the original and ours are from the original in a wider dtype
+    note: str | None  # what else there is to know
 
 
-def catch_inputs(modules: list[nn.Module], run: Callable[[], object]) -> dict[int, Example]:
-    """What each module is first called with during `run`, by id."""
+def catch_inputs(modules: list[nn.Module], model: nn.Module, example: Example) -> dict[int, Example]:
+    """What each module is first called with while the model runs on an example, by id.
+
+    Raises ValueError where the model fails, or gives nothing that could be compared.
+    """
     caught: dict[int, Example] = {}
 
     def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -125,11 +131,16 @@ def catch_inputs(modules: list[nn.Module], run: Callable[[], object]) -> dict[in
     # a model that is swapped itself is another object than its original, with the same hooks
     which = {id(module._forward_pre_hooks): id(module) for module in modules}
     handles = [module.register_forward_pre_hook(catch, with_kwargs=True) for module in modules]
+    takes = f"swap: example is {example}; accepted is what {type(model).__name__} takes, and"
     try:
-        run()
+        outputs = run(model, example).outputs
+    except Exception as failure:
+        raise ValueError(f"{takes} it fails: {said(failure)}") from failure
     finally:
         for handle in handles:
             handle.remove()
+    if not any(t.isfinite().any() for t in outputs):
+        raise ValueError(f"{takes} it gives {'no finite number' if outputs else 'no tensor'} that could be compared")
     return caught
 
 
@@ -144,22 +155,54 @@ def measure(before: Callable[[], nn.Module], after: Callable[[], nn.Module], exa
             new = run(after(), example)
         except Exception as failure:
             raise Differs(f"it fails where the original does not: {said(failure)}") from failure
-        if not old.outputs or len(old.outputs) != len(new.outputs):
-            raise Differs(
-                f"it returns {len(new.outputs)} tensors, the original {len(old.outputs)}; accepted is one or more"
-            )
+        kinds, wanted = ([(t.shape, t.dtype) for t in one.outputs] for one in (new, old))
+        if kinds != wanted:
+            raise Differs(f"it returns {_listed(new)}, the original {_listed(old)}")
+        note = None
         if old.differentiable != new.differentiable:  # ours leaves detached what plotting code reads
             both = [a and b for a, b in zip(old.differentiable, new.differentiable, strict=True)]
+            detached = [str(i) for i, can in enumerate(old.differentiable) if can and not both[i]]
+            note = f"no gradient comes any more from output {', '.join(detached)}, which is detached"
             old, new = run(before(), example, both), run(after(), example, both)
         bounds = _bounds(after(), example, old)
         errors = _errors(new, old, bounds.floor)
         wrong, round_off = _beyond(errors, bounds), None
         if wrong is not None and bounds.wider is not None:
-            exact = _widened(before(), example, new.differentiable, bounds.wider)
-            theirs, ours = _errors(old, exact, bounds.floor), _errors(new, exact, bounds.floor)
-            round_off = max(theirs.values()), max(ours.values())
-            wrong = _beyond(ours, bounds, theirs)
-    return Measured(max(errors.values()), _timed(before, example), _timed(after, example), wrong, round_off)
+            wrong, round_off = _is_round_off(before(), example, old, new, bounds, wrong)
+    return Measured(max(errors.values()), _timed(before, example), _timed(after, example), wrong, round_off, note)
+
+
+def _is_round_off(
+    module: nn.Module, example: Example, old: Run, new: Run, bounds: Bounds, wrong: str
+) -> tuple[str | None, tuple[float, float] | None]:
+    """Whether the original itself is as far from its result in a wider dtype: what is wrong, or None, and how far."""
+    again = _errors(run(module, example, new.differentiable), old, bounds.floor)
+    if max(again.values()) > bounds.most:
+        return f"two runs of the original itself differ by {max(again.values()):.1e}, so nothing can be told", None
+    assert bounds.wider is not None
+    try:
+        exact = _widened(module, example, new.differentiable, bounds.wider)
+        theirs, ours = _errors(old, exact, bounds.floor), _errors(new, exact, bounds.floor)
+    except Exception as failure:
+        return f"{wrong}; the original in {bounds.wider}, which would tell round-off, fails: {said(failure)}", None
+    return _beyond(ours, bounds, theirs), (max(theirs.values()), max(ours.values()))
+
+
+def _listed(one: Run) -> str:
+    return ", ".join(what(t) for t in one.outputs) or "no tensor"
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, one.name) for one in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        value = list(value.values())
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [t for item in value for t in tensors_in(item)]
 
 
 def said(failure: BaseException) -> str:
@@ -189,7 +232,7 @@ def run(module: nn.Module, example: Example, differentiable: list[bool] | None =
         start = _now()
         y = module(*arguments, **keywords)
         forward = _now() - start
-        outputs = [t for t in tree_flatten(y)[0] if isinstance(t, Tensor)]
+        outputs = tensors_in(y)
         can = [t.requires_grad for t in outputs]
         chosen = [t for t, yes in zip(outputs, differentiable or can, strict=True) if yes]
         random = [normal(t.shape, t.dtype, t.device, seed=i) for i, t in enumerate(chosen)]
@@ -234,7 +277,7 @@ def _beyond(errors: dict[str, float], bounds: Bounds, theirs: dict[str, float] |
     allowed: dict[str, float] = {}
     for kind, bound in (("output", bounds.outputs), ("the gradient", bounds.gradients)):
         own = max((e for name, e in (theirs or {}).items() if name.startswith(kind)), default=0.0)
-        allowed |= {name: bound + _FURTHER * own for name in errors if name.startswith(kind)}
+        allowed |= {name: bound + _FURTHER * min(own, bounds.most) for name in errors if name.startswith(kind)}
     name = max(errors, key=lambda name: errors[name] / allowed[name])
     if errors[name] <= allowed[name]:
         return None
@@ -269,17 +312,18 @@ def _now() -> float:
 @contextlib.contextmanager
 def _kept_buffers(module: nn.Module) -> Iterator[None]:
     """Running statistics and counters are afterwards what they were."""
-    kept = [
-        (m, name, b, b.detach().clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None
-    ]
+    kept = [(m._buffers, dict(m._buffers)) for m in module.modules()]
+    values = {id(b): b.detach().clone() for _, buffers in kept for b in buffers.values() if b is not None}
     try:
         yield
     finally:
         with torch.no_grad():
-            for m, name, buffer, value in kept:
-                m._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for held, buffers in kept:
+                held.clear()
+                held.update(buffers)
+                for b in buffers.values():
+                    if b is not None and not torch.equal(b, values[id(b)]):
+                        b.copy_(values[id(b)])
 
 
 @contextlib.contextmanager

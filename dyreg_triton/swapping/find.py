@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..compat.families import Family, families, family_of, is_ours, part_of
-from .adopt import Pairs, adopt, stand_in
+from .adopt import Pairs, adopt, plain_class, stand_in
 from .probe import Unlike, probe, twin
 from .report import Left, Swapped
 
@@ -58,9 +58,7 @@ class Search:
 
 def class_of(module: nn.Module) -> str:
     """The class's name with the module that it is from."""
-    cls = type(module)
-    if parametrize.is_parametrized(module):
-        cls = cls.__mro__[1]
+    cls = plain_class(module)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -163,9 +161,7 @@ def _plain_classes(theirs: nn.Module) -> None:
     for path, module in theirs.named_modules():
         if module is not theirs and family_of(module) is None and part_of(module) is None:
             continue
-        classes = list(itertools.takewhile(lambda cls: cls is not nn.Module, type(module).__mro__))
-        if parametrize.is_parametrized(module):
-            classes = classes[1:]
+        classes = list(itertools.takewhile(lambda cls: cls is not nn.Module, plain_class(module).__mro__))
         changed = {name for cls in classes for name in vars(cls)} | set(vars(module))
         if lost := sorted(changed & machinery):
             raise Unlike(f"{path or 'it'} has {', '.join(lost)} of its own, which ours would not have")

@@ -22,6 +22,7 @@ class Swapped:
         wrong: what differs beyond the tolerance on the example, in words; None where nothing does.
         round_off: where the error is beyond the tolerance, how far the original and ours are from the original in a
             wider dtype.
+        note: what else there is to know of it on the example.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Swapped:
     after_ms: float | None = None
     wrong: str | None = None
     round_off: tuple[float, float] | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,13 @@ class SwapReport:
     _restore: Callable[[], None] | None = field(default=None, repr=False)
 
     def undo(self) -> None:
-        """Put the original modules back, with what was changed since: values, modes, hooks. Once is enough."""
-        restore, self._restore = self._restore, None
-        if restore is not None:
-            restore()
+        """Put the original modules back, with what was changed since: values, modes, hooks. Once is enough.
+
+        Raises RuntimeError where none of ours is in the model, as after a later swap of what holds it: undo that first.
+        """
+        if self._restore is not None:
+            self._restore()
+        self._restore = None
 
     def __str__(self) -> str:
         many = len(self.modules)
@@ -78,6 +83,8 @@ class SwapReport:
             rows = [*self.modules, *([self.whole] if self.whole and self.whole not in self.modules else [])]
             lines += _table(rows)
             for row in rows:
+                if row.note:
+                    lines += [f"{row.path or 'the model'}: {row.note}"]
                 if row.round_off:
                     before, after = row.round_off
                     lines += [
