@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -69,11 +70,9 @@ def environment() -> str:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(n) for n in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
+    parts = re.split("[,x]", text)
+    shape = tuple(int(n) for n in parts if re.fullmatch("[1-9][0-9]{0,9}", n))
+    if len(shape) < len(parts):
         raise argparse.ArgumentTypeError(f"{text!r}; accepted are positive integers with commas, such as 2,3,8,224,224")
     return shape
 

@@ -263,6 +263,76 @@ def test_frozen_weights_and_sixty_four_bits_by_default() -> None:
     assert_same(run(model, x), run(original, x))
 
 
+@on_few
+def test_replicas_of_data_parallel(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold tensors as plain attributes. On one device: torch's own replicate, copies in place of broadcasts."""
+    replicate = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(
+        replicate,
+        "_broadcast_coalesced_reshape",
+        lambda ts, devices, detach=False: [[1 * t for t in ts] for _ in devices],
+    )
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
+    monkeypatch.setattr(replicate, "_replicatable_module", lambda *_: True)
+    model, x = holder(variant)
+    expected = model(x)
+    dt.swap(model)
+    one, two = replicate.replicate(model, [0, 1])  # type: ignore[attr-defined]
+    assert_close(one(x), expected, tolerance=1e-4)
+    two(x).square().sum().backward()
+    assert next(model.parameters()).grad.any()  # type: ignore[union-attr]
+
+
+class ByName(nn.Module):
+    def __init__(self, inner: nn.Module, name: str):
+        super().__init__()
+        self.inner, self.name = inner, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(**{self.name: x})
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"), [("rsa V V", "x"), ("graph", "input_feats"), ("wrapper", "x"), ("rstg", "input")]
+)
+def test_inputs_by_the_published_names(variant: str, name: str) -> None:
+    inner, x = holder(variant)
+    model = ByName(inner.inner, name).to(DEVICE)
+    expected = run(copy.deepcopy(model), x)
+    dt.swap(model)
+    assert is_ours(model.inner)
+    assert_same(run(model, x), expected)
+
+
+def test_a_module_that_is_held_elsewhere_too() -> None:
+    """Who reads the original's regions would read those of another input: they are gone, and after undo back."""
+    model, x = holder("graph")
+    original = model.inner
+    model(x)
+    kernel = original.kernel
+    report = dt.swap(model, example=x, keep_regions=True)
+    model(x + 1)
+    with pytest.raises(AttributeError):
+        _ = original.kernel
+    assert model.inner.kernel.shape == kernel.shape
+    report.undo()
+    model(x)
+    assert_identical(original.kernel.detach(), kernel.detach())
+
+
+def test_undo_in_order() -> None:
+    model, _ = holder("wrapper")
+    before = {path: type(m) for path, m in model.named_modules()}
+    first = dt.swap(model, only="RSTG")
+    second = dt.swap(model)
+    with pytest.raises(RuntimeError, match="later"):
+        first.undo()
+    second.undo()
+    first.undo()
+    first.undo()
+    assert {path: type(m) for path, m in model.named_modules()} == before
+
+
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("variant", ["rsa VplusR VplusR", "wrapper"])
 def test_the_example_runs_on_the_backend_that_is_set(variant: str, backend: str) -> None:

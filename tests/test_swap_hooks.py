@@ -11,7 +11,7 @@ import torch
 from support import assert_close, assert_identical, run
 from swap_cases import Log, assert_same, assert_same_log, holder, is_ours, objects, on_few, rsa, untouched
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import dyreg_triton as dt
 
@@ -33,6 +33,72 @@ def test_hooks_of_a_module_fire_with_the_same_values(variant: str) -> None:
     assert_same(run(model, x), run(twin, x))
     assert len(logs[0].seen) == len(logs[1].seen) == 5
     assert not model.inner._forward_hooks
+
+
+class LowRank(nn.Module):
+    """In the style of adapters: a leaf that has the weight of another and does more when it is called."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_a_leaf_that_is_replaced_after_the_swap_is_called_or_refused() -> None:
+    model, x = holder("rstg")
+    dt.swap(model)
+    model.inner.att_q = LowRank(model.inner.att_q).to(x.device)
+    model(x).square().sum().backward()
+    assert model.inner.att_q.up.weight.grad.any()
+    model.inner.send_mlp[0] = LowRank(model.inner.send_mlp[0]).to(x.device)
+    with pytest.raises(TypeError, match="LowRank"):
+        model(x)
+
+
+@pytest.mark.parametrize("name", ["H1", "H2", "G"])
+def test_a_leaf_that_is_pruned_after_the_swap_is_refused(name: str) -> None:
+    model, x = holder("rsa VplusR VplusR")
+    dt.swap(model)
+    prune.random_unstructured(getattr(model.inner, name), "weight", 0.5)
+    with pytest.raises(TypeError, match=r"pruned.*parametriz"):
+        model(x)
+    prune.remove(getattr(model.inner, name), "weight")
+    model(x)
+
+
+@on_few
+def test_parametrized_after_the_swap(variant: str) -> None:
+    """What is parametrized in between stays so in the original, and what no longer is does not."""
+
+    class Twice(nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return 2 * t
+
+    model, x = holder(variant)
+    twin = copy.deepcopy(model)
+    original = model.inner
+    own = next(path for path, p in model.inner.named_parameters() if "norm" in path or path == "P1")
+    owner, _, name = own.rpartition(".")
+    report = dt.swap(model)
+    for one in (model, twin):
+        parametrize.register_parametrization(one.inner.get_submodule(owner), name, Twice())
+    assert_same(run(model, x), run(twin, x))
+    report.undo()
+    assert model.inner is original
+    assert_same(run(model, x), run(twin, x))
+    report = dt.swap(model)
+    parametrize.remove_parametrizations(model.inner.get_submodule(owner), name)
+    report.undo()
+    parametrize.remove_parametrizations(twin.inner.get_submodule(owner), name)
+    assert_same(run(model, x), run(twin, x))
+    assert type(model.inner) is type(twin.inner)
 
 
 @on_few

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import random
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import published
 import pytest
 import torch
-from support import DEVICE, assert_close, assert_identical, run
+from support import DEVICE, assert_close, assert_identical, awake, run
 from swap_cases import (
     CLIP,
     SWAPPED,
@@ -277,6 +281,113 @@ def test_an_example_that_the_model_fails_on(case: str) -> None:
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
+
+
+class Held(nn.Module):
+    """A module whose result is made into something."""
+
+    def __init__(self, inner: nn.Module, make: Callable[[Any], Any]):
+        super().__init__()
+        self.inner, self.make, self.calls = inner, make, 0
+        self.unused = rsa()
+        self.register_buffer("state", None)
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.state = x.mean()
+        return self.make(self.inner(x))
+
+
+@dataclasses.dataclass
+class Scores:
+    logits: Tensor
+    name: str = "scores"
+
+
+def test_an_output_in_a_dataclass_and_a_module_that_is_not_reached() -> None:
+    model = Held(rsa(), lambda y: {"scores": [Scores(y)]}).to(DEVICE)
+    report = dt.swap(model, example=values(CLIP))
+    assert 0 < report.whole.error < 1e-3
+    reached, unused = report.modules
+    assert reached.note is None
+    assert unused.error is None
+    assert "not reached" in unused.note
+    assert unused.note in str(report)
+    assert model.state is None  # a buffer that a forward sets is unset again
+
+
+@pytest.mark.parametrize("make", [lambda y: None, lambda y: y.mean().item(), lambda y: [], lambda y: y * torch.nan])
+def test_an_output_that_shows_nothing(make: Callable[[Tensor], Any]) -> None:
+    model = Held(rsa(), make).to(DEVICE)
+    with untouched(model), refused(ValueError, "example", "Held", "compared"):
+        dt.swap(model, example=values(CLIP))
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x * torch.nan, lambda x: x[:0]])
+def test_an_example_that_shows_nothing(spoil: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Sequential(rsa()).to(DEVICE)
+    with untouched(model), refused(ValueError, "example", "compared"):
+        dt.swap(model, example=spoil(values(CLIP)))
+
+
+def test_a_model_that_does_not_repeat_itself_is_refused() -> None:
+    model = Held(rsa(), lambda y: y * model.calls).to(DEVICE)
+    with refused(dt.SwapError, "two runs of the original"):
+        dt.swap(model, example=values(CLIP))
+    assert type(model.inner) is published.RSA
+
+
+def test_a_lost_gradient_is_told() -> None:
+    model, x = published.TSN(reads=True).to(DEVICE), values((2, 2, 3, 7, 7))
+    awake(model)
+    report = dt.swap(model, example=x, keep_regions=True)
+    assert report.whole.note is not None
+    assert "no gradient" in report.whole.note
+    assert report.whole.note in str(report)
+
+
+def test_another_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = holder("rsa V V")
+    monkeypatch.setattr(type(dt.compat.build("ops.rsa.RSA", d_in=8, d_out=8)), "average", lambda self, y: y.double())
+    monkeypatch.setattr("dyreg_triton.swapping.find.probe", lambda *_: None)
+    with refused(dt.SwapError, "float64", "float32"):
+        dt.swap(model, example=x)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_outputs_under_autocast_have_the_originals_dtype(stride: int) -> None:
+    model = nn.Sequential(rsa(stride=(1, stride, stride))).to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        expected = model(values(CLIP)).dtype
+        report = dt.swap(model, example=values(CLIP))
+        assert model(values(CLIP)).dtype == expected
+    assert report.whole is not None
+
+
+def test_where_no_wider_dtype_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the difference stands, and why nothing more is known."""
+    model = nn.Sequential(Casting(), rsa(), nn.Conv3d(8, 8, 1)).to(DEVICE)
+    compare = sys.modules["dyreg_triton.swapping.compare"]
+    tight = {t: bounds._replace(outputs=1e-12, gradients=1e-12) for t, bounds in compare.TOLERANCE.items()}
+    monkeypatch.setattr(compare, "TOLERANCE", tight)
+    with refused(dt.SwapError, "float64", "round-off", "fails"):
+        dt.swap(model, example=values(CLIP))
+    assert type(model[1]) is published.RSA
+
+
+class Casting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def test_only_the_generators_of_its_device_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    dt.swap(nn.Sequential(rsa()).to(DEVICE), example=values(CLIP))
+    assert not seeds
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
 
 
 def test_report_without_an_example() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,53 @@ class Dropping(published.RSA):
 class OtherInEvaluation(published.RSA):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (1 if self.training else 2)
+
+
+class SlightlyOtherEps(published.RSA):
+    """What many channels of usual size drown."""
+
+    def L2norm(self, x: Tensor, d: int = 1) -> Tensor:
+        return x / (x.square().sum(d, keepdim=True) + 2e-6).sqrt()
+
+
+class CastingOtherEps(OtherEps):
+    """Does not run in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class Clamping(published.RSA):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-8, 8))
+
+
+class Drawing(published.RSA):
+    """Stochastic depth that hardly ever strikes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 0 * y if self.training and torch.rand(()).item() < 1e-9 else y
+
+
+class DrawingByPython(published.RSA):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 0 * y if random.random() < 1e-9 else y
+
+
+class KeepingItsProjection(published.RSA):
+    """Its train() is its own."""
+
+    def train(self, mode: bool = True) -> KeepingItsProjection:
+        super().train(mode)
+        self.projection.eval()
+        return self
+
+
+class LastFrames(published.RSTG):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input[:, -8:])
 
 
 class MoreArguments(published.RSA):
@@ -159,6 +207,15 @@ NEAR: dict[str, tuple[Callable[[], Any], Change, str | None]] = {
     "a dropout": (lambda: rsa(Dropping), nothing, ""),
     "another in evaluation": (lambda: rsa(OtherInEvaluation), nothing, ""),
     "an argument more": (lambda: rsa(MoreArguments), nothing, ""),
+    "a slightly other eps": (
+        lambda: rsa(SlightlyOtherEps, d_out=256, kernel_type="V", feat_type="V", kernel_size=(1, 1, 3)),
+        nothing,
+        "",
+    ),
+    "a clamp": (lambda: rsa(Clamping), nothing, ""),
+    "random numbers": (lambda: rsa(Drawing), nothing, ""),
+    "random numbers of python": (lambda: rsa(DrawingByPython), nothing, ""),
+    "a train of its own": (lambda: rsa(KeepingItsProjection), nothing, ""),
     "a result more": (lambda: rsa(MoreResults), nothing, ""),
     "another gradient": (lambda: rsa(Cut), nothing, ""),
     "a buffer that counts": (lambda: rsa(Counting), nothing, ""),
@@ -251,6 +308,11 @@ def test_a_model_in_float32_is_probed_in_float64() -> None:
     assert where in [row.path.removeprefix("inner.") for row in dt.swap(model).left]
 
 
+def test_a_module_that_runs_in_float32_only_is_told_apart_there() -> None:
+    model = nn.ModuleDict({"inner": rsa(CastingOtherEps), "spare": rsa()}).to(DEVICE)
+    assert [row.path for row in dt.swap(model).left] == ["inner"]
+
+
 def test_compiled_and_lazy_parts_are_left() -> None:
     compiled, lazy = rsa(), rsa()
     compiled.projection.compile(backend="eager")
@@ -259,6 +321,27 @@ def test_compiled_and_lazy_parts_are_left() -> None:
     assert [row.path for row in left] == ["0", "1"]
     assert "compile" in left[0].reason
     assert "lazy" in left[1].reason
+
+
+def test_a_clip_longer_than_the_probe_expects() -> None:
+    model = nn.ModuleDict({"inner": graph("RSTG"), "spare": rsa()}).to(DEVICE)
+    model["inner"].__class__ = LastFrames
+    assert [row.path for row in dt.swap(model).left] == ["inner"]
+
+
+@pytest.mark.parametrize("name", ["train", "state_dict", "get_extra_state"])
+def test_methods_set_on_the_instance(name: str) -> None:
+    model = nn.ModuleDict({"inner": rsa(), "spare": rsa()}).to(DEVICE)
+    setattr(model["inner"], name, lambda *given, **named: None)
+    left = dt.swap(model).left
+    assert [row.path for row in left] == ["inner"]
+    assert name in left[0].reason
+
+
+def test_random_numbers_are_named() -> None:
+    for kind in (Drawing, DrawingByPython):
+        left = dt.swap(nn.ModuleList([rsa(kind), rsa()]).to(DEVICE)).left
+        assert "random" in left[0].reason
 
 
 def test_twice_with_one_that_is_left() -> None:

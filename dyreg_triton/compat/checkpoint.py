@@ -146,7 +146,10 @@ class Checkpoint(dict[str, Tensor]):
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint of the published networks, or any state_dict: `model.load_state_dict(load_checkpoint(path))`.
+    """Read a checkpoint of the published networks, or any state_dict: `load_checkpoint(path).load_into(model)`.
+
+    It is a state_dict, so `model.load_state_dict` takes it too; but the released DyReG file lacks the buffers that
+    constructors compute.
 
     Reads what torch.save wrote (zip, and the older pickles) and safetensors, told apart by content. The state_dict is
     the file itself or its entry "state_dict". `module.` and `_orig_mod.` are stripped where every key has them, keys of
@@ -165,6 +168,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"load_checkpoint: path is {short(path)}; accepted is a str or an os.PathLike")
+    if not os.fspath(path):
+        raise ValueError(f"load_checkpoint: path is {path!r}; accepted is the name of a file")
     file = Path(path)
     if file.is_dir():
         raise refused(file, "a directory")

@@ -232,8 +232,10 @@ class DynamicGraph(_Published, dyreg.DynamicGraph):
 
     def __getattr__(self, name: str) -> Any:
         if name in (*_KEPT, *_LEFT):
-            how = "after a forward with keep_regions=True only" if name in _KEPT else "never"
-            raise AttributeError(f"ops.dyreg.DynamicGraph: {name!r}, which the published module leaves, is here {how}")
+            how = "left only with keep_regions=True, by a forward" if name in _KEPT else "not left"
+            raise AttributeError(
+                f"ops.dyreg.DynamicGraph: {name!r}, which the published module leaves on itself, is {how}"
+            )
         return super().__getattr__(name)
 
     def forward(self, input_feats: Tensor) -> Tensor:  # type: ignore[override]  # published: no regions returned

@@ -282,7 +282,11 @@ class Pretrained(nn.Module):
                     f"{op}: revision is {revision!r} with the folder {repo_id!r}; accepted with it is None"
                 )
             files = folder / CONFIG, folder / WEIGHTS
-        elif isinstance(directory_or_repo_id, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
+        elif (
+            not folder.exists()
+            and isinstance(directory_or_repo_id, str)
+            and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id)
+        ):
             files = download(
                 op,
                 repo_id,
@@ -294,7 +298,11 @@ class Pretrained(nn.Module):
             )
         else:
             raise FileNotFoundError(f"{op}: {repo_id!r} is no folder; accepted is one, or 'user/name' on the Hub")
-        return cls._read(op, *files).to(target, dtype).eval()
+        layer = cls._read(op, *files)
+        try:
+            return layer.to(target, dtype).eval()
+        except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for a device
+            raise ValueError(f"{op}: device is {str(device)!r}; accepted is one that is here: {error}") from error
 
     @classmethod
     def _read(cls: type[_Layer], op: str, config_file: Path, weights_file: Path) -> _Layer:

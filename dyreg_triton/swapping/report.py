@@ -98,8 +98,8 @@ class SwapReport:
         if self.modules:
             classes = ", ".join(dict.fromkeys(row.before for row in self.modules))
             lines += [
-                f"no longer an instance of {classes}: code that sorts parameters by class, as some optimizers' set-up "
-                "does, comes first"
+                f"no longer an instance of {classes}: code that collects parameters by class, as the authors' "
+                "get_optim_policies does for RSA's P1 and I, would miss them now; run it before the swap"
             ]
         for row in self.modules:
             if row.vanishing:
