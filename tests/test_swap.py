@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import product
@@ -766,6 +767,25 @@ def test_compiled_after_the_swap() -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same(run(model, x, call=lambda x: compiled(x)), expected)
+
+
+def test_another_thread_that_draws_random_numbers() -> None:
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            torch.rand(10)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(3):
+            model, _ = holder("rsa V V")
+            dt.swap(model)
+            assert is_ours(model.inner)
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_two_threads_swap_two_models() -> None:

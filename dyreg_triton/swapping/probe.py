@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..compat.families import Family
@@ -55,39 +56,44 @@ def twin(
     return other
 
 
-@contextlib.contextmanager
-def forked_rng(device: torch.device) -> Iterator[Callable[[], list[Any]]]:
-    """What draws random numbers draws the same each time, and leaves the generators as they were.
+class _Draws(TorchDispatchMode):
+    """Which operations draw from torch's generators in this thread; states would show what other threads draw, too."""
 
-    Gives a function that tells their state. torch.manual_seed would seed every device.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """What draws random numbers draws the same each time, and leaves the generators as they were."""
     cuda = device.type == "cuda"
     kept = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every device
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
         try:
-            yield lambda: [
-                torch.get_rng_state().tolist(),
-                torch.cuda.get_rng_state(device).tolist() if cuda else None,
-                random.getstate(),
-                repr(np.random.get_state()),
-            ]
+            yield
         finally:
             random.setstate(kept[0])
             np.random.set_state(kept[1])
 
 
 @contextlib.contextmanager
-def _plain(device: torch.device) -> Iterator[Callable[[], list[Any]]]:
-    """Arithmetic as written, whatever the caller is in; gives what `forked_rng` does."""
+def _plain(device: torch.device) -> Iterator[None]:
+    """Arithmetic as written, whatever the caller is in."""
     autocast = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), autocast, forked_rng(device) as states:
-        yield states
+    with torch.inference_mode(False), torch.enable_grad(), autocast, forked_rng(device):
+        yield
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
@@ -201,11 +207,13 @@ def _run(module: nn.Module, x: Tensor, published: bool) -> dict[str, Any]:
     x = x.clone().requires_grad_()
     parameters = dict(module.named_parameters())
     try:
-        with _plain(x.device) as states, cudnn_rnn_backward(module), backend("eager"):
-            y = module(x.clone())  # a module may write into its input
+        with _plain(x.device), cudnn_rnn_backward(module), backend("eager"):
+            states = random.getstate(), repr(np.random.get_state())
+            with _Draws() as draws:
+                y = module(x.clone())  # a module may write into its input
+            elsewhere = (random.getstate(), repr(np.random.get_state())) != states
             if not isinstance(y, Tensor):
                 raise Unlike(f"its forward returns a {type(y).__name__}; accepted is a tensor")
-            drawn = states()
             if published and y.dtype != x.dtype:
                 raise TypeError(f"its output is in {y.dtype}")
             slopes = gradients([y], [normal(y.shape, y.dtype, y.device, seed=1)], [x, *parameters.values()])
@@ -216,7 +224,11 @@ def _run(module: nn.Module, x: Tensor, published: bool) -> dict[str, Any]:
         if published:
             raise _Fails(f"its own forward fails on a random input {tuple(x.shape)}: {said}") from failure
         raise Unlike(f"its forward takes a random input {tuple(x.shape)} and ours does not: {said}") from failure
-    return {"y": y, "gradients": dict(zip(["the input", *parameters], slopes, strict=True)), "drawn": drawn}
+    return {
+        "y": y,
+        "gradients": dict(zip(["the input", *parameters], slopes, strict=True)),
+        "drawn": (draws.names, elsewhere),
+    }
 
 
 def _agree(before: dict[str, Any], after: dict[str, Any], bound: float, slope_bound: float) -> None:
