@@ -112,7 +112,7 @@ def search(model: nn.Module, only: tuple[str, ...] | None, keep_regions: bool) -
 
 
 def _published(module: nn.Module) -> str | None:
-    """The published name of a module, be it theirs or ours."""
+    """The published name of a module, be it theirs or ours; of a native layer of ours its own, of a norm in it none."""
     if is_ours(module):
         of_ours = (f.name for f in families() if isinstance(module, f.ours) or issubclass(f.ours, type(module)))
         return next(of_ours, type(module).__name__ if module._modules else None)
@@ -157,7 +157,7 @@ def prepare(theirs: nn.Module, family: Family, keep_regions: bool, pairs: Pairs)
 def _plain_classes(theirs: nn.Module) -> None:
     """Raise `Unlike` where more than the forward of a module was changed, which ours would lose."""
     machinery = {name for name, value in vars(nn.Module).items() if callable(value) or isinstance(value, property)}
-    machinery -= {"__init__", "forward", "extra_repr"}
+    machinery -= {"__init__", "forward", "extra_repr", "_get_name", "__repr__"}
     for path, module in theirs.named_modules():
         if module is not theirs and family_of(module) is None and part_of(module) is None:
             continue
@@ -178,21 +178,22 @@ def _same_arguments(ours: nn.Module, theirs: nn.Module) -> None:
 
 def _same_tensors(ours: nn.Module, theirs: nn.Module) -> None:
     """Raise `Unlike` unless both have parameters and buffers of the same names and shapes."""
+    parametrized = any(map(parametrize.is_parametrized, theirs.modules()))
+    # a parametrized tensor is computed when it is read, which may change what the parametrization keeps
+    readable = twin(theirs, lambda t: t.detach().clone(), False, {}) if parametrized else theirs
     for kind in ("parameters", "buffers"):
-        wanted = {name: tuple(t.shape) for name, t in getattr(ours, f"named_{kind}")(remove_duplicate=False)}
+        accepted = dict(getattr(ours, f"named_{kind}")(remove_duplicate=False))
         names = {_plain_name(name) for name, _ in getattr(theirs, f"named_{kind}")(remove_duplicate=False)}
         names = {name for name in names if "parametrizations." not in name}  # what a parametrization itself holds
-        if names != set(wanted):
-            more, fewer = sorted(names - set(wanted)), sorted(set(wanted) - names)
-            said = [f"{what} {', '.join(some)}" for what, some in (("has", more), ("lacks", fewer)) if some]
-            raise Unlike(f"its {kind} are others than its settings say: it {' and '.join(said)}")
-        if any(map(parametrize.is_parametrized, theirs.modules())):
-            theirs = twin(theirs, lambda t: t.detach().clone(), False, {})  # reading one may change what it keeps
-        for name, shape in wanted.items():
+        more, fewer = sorted(names - set(accepted)), sorted(set(accepted) - names)
+        if more or fewer:
+            differences = [f"{verb} {', '.join(some)}" for verb, some in (("has", more), ("lacks", fewer)) if some]
+            raise Unlike(f"its {kind} are others than its settings say: it {' and '.join(differences)}")
+        for name, t in accepted.items():
             path, _, last = name.rpartition(".")
-            given = getattr(theirs.get_submodule(path), last)
-            if tuple(given.shape) != shape:
-                raise Unlike(f"its {name} is {tuple(given.shape)}; accepted with its settings is {shape}")
+            shape = tuple(getattr(readable.get_submodule(path), last).shape)
+            if shape != tuple(t.shape):
+                raise Unlike(f"its {name} is {shape}; accepted with its settings is {tuple(t.shape)}")
 
 
 def _plain_name(name: str) -> str:
