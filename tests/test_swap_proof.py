@@ -342,7 +342,7 @@ def test_a_lost_gradient_is_told() -> None:
     awake(model)
     report = dt.swap(model, example=x, keep_regions=True)
     assert report.whole.note is not None
-    assert "no gradient" in report.whole.note
+    assert "no gradient any more" in report.whole.note
     assert report.whole.note in str(report)
 
 

@@ -162,7 +162,8 @@ def measure(before: Callable[[], nn.Module], after: Callable[[], nn.Module], exa
         if old.differentiable != new.differentiable:  # ours leaves detached what plotting code reads
             both = [a and b for a, b in zip(old.differentiable, new.differentiable, strict=True)]
             detached = [str(i) for i, can in enumerate(old.differentiable) if can and not both[i]]
-            note = f"no gradient comes any more from output {', '.join(detached)}, which is detached"
+            some = ", ".join(detached if len(detached) < 6 else [*detached[:5], "..."])
+            note = f"{len(detached)} of {len(both)} outputs ({some}) have no gradient any more: they are detached"
             old, new = run(before(), example, both), run(after(), example, both)
         bounds = _bounds(after(), example, old)
         errors = _errors(new, old, bounds.floor)

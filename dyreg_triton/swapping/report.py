@@ -101,9 +101,12 @@ class SwapReport:
                 f"no longer an instance of {classes}: code that collects parameters by class, as the authors' "
                 "get_optim_policies does for RSA's P1 and I, would miss them now; run it before the swap"
             ]
+        where: dict[tuple[str, ...], list[str]] = {}
         for row in self.modules:
-            if row.vanishing:
-                lines += [f"no longer left by a forward of {row.path or 'the model'}: {', '.join(row.vanishing)}"]
+            where.setdefault(row.vanishing, []).append(row.path or "the model")
+        for names, paths in where.items():
+            if names:
+                lines += [f"no longer left by a forward of {', '.join(paths)}: {', '.join(names)}"]
         return "\n".join(lines)
 
 
