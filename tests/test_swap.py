@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import product
@@ -319,6 +321,20 @@ def test_a_module_that_is_held_elsewhere_too() -> None:
     report.undo()
     model(x)
     assert_identical(original.kernel.detach(), kernel.detach())
+
+
+def test_nothing_of_the_example_is_kept() -> None:
+    model, x = holder("graph")
+    original = model.inner
+    model(x)
+    left = weakref.ref(original.kernel)
+    seen: list[weakref.ref[Tensor]] = []
+    model.inner.register_forward_hook(lambda module, inputs, y: seen.append(weakref.ref(y)))
+    report = dt.swap(model, example=x)
+    gc.collect()
+    assert seen
+    assert [t() for t in (left, *seen)] == [None] * (1 + len(seen))
+    report.undo()
 
 
 def test_undo_in_order() -> None:

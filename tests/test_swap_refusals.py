@@ -313,6 +313,24 @@ def test_a_module_that_runs_in_float32_only_is_told_apart_there() -> None:
     assert [row.path for row in dt.swap(model).left] == ["inner"]
 
 
+class CastingLouder(published.RSA):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.0001 * super().forward(x.float())
+
+
+class Widening(published.RSA):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).double()
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(CastingLouder, "differ by"), (Widening, "float64")])
+def test_casts_inside(kind: type[published.RSA], reason: str) -> None:
+    model = nn.ModuleDict({"inner": rsa(kind), "spare": rsa()}).to(DEVICE)
+    left = dt.swap(model).left
+    assert [row.path for row in left] == ["inner"]
+    assert reason in left[0].reason
+
+
 def test_compiled_and_lazy_parts_are_left() -> None:
     compiled, lazy = rsa(), rsa()
     compiled.projection.compile(backend="eager")
