@@ -293,10 +293,11 @@ def _rstg_settings(module: Any) -> dict[str, Any]:
 
 
 def _graph_settings(module: Any) -> dict[str, Any]:
-    names = ("params", "backbone_dim", "H", "W", "iH", "iW", "h", "w", "project_i3d")
+    names = ("params", "backbone_dim", "H", "W", "h", "w", "project_i3d")
     return {
         **{name: getattr(module, name) for name in names},
-        "node_dim": module.C,
+        **{name: getattr(module, name, None) for name in ("iH", "iW")},  # of full_res alone
+        "node_dim": module.rstg.node_dim,
         "rnn_type": type(module.offset_lstm).__name__,
         "iterations": module.rstg.number_iterations,
         "num_nodes": module.num_nodes,
@@ -305,8 +306,8 @@ def _graph_settings(module: Any) -> dict[str, Any]:
 
 def _wrapper_settings(module: Any) -> dict[str, Any]:
     settings = _graph_settings(module.dynamic_graph)
-    del settings["backbone_dim"]
-    return {**settings, "in_channels": module.in_channels}
+    channels = settings.pop("backbone_dim")
+    return {**settings, "in_channels": channels}
 
 
 register(

@@ -78,8 +78,10 @@ class RSA(rsa.RSA):
 
 
 def _settings(module: Any) -> dict[str, Any]:
-    names = ("d_in", "d_out", "nh", "dk", "dv", "dd", "kernel_size", "stride", "kernel_type", "feat_type")
-    return {name: getattr(module, name) for name in names}
+    names = ("nh", "dk", "dv", "dd", "kernel_size", "stride", "kernel_type", "feat_type")
+    settings = {name: getattr(module, name) for name in names}
+    # its projection and queries say these again
+    return settings | {"d_in": module.projection.in_channels, "d_out": module.nh * module.dv}
 
 
 register(Family("RSA", RSA, ("projection", "H2"), _settings, lambda ours: (2, ours.in_channels, 3, 5, 4)))
