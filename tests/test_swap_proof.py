@@ -332,8 +332,9 @@ def test_an_example_that_shows_nothing(spoil: Callable[[Tensor], Tensor]) -> Non
 
 def test_a_model_that_does_not_repeat_itself_is_refused() -> None:
     model = Held(rsa(), lambda y: y * model.calls).to(DEVICE)
-    with refused(dt.SwapError, "two runs of the original"):
+    with refused(dt.SwapError, "two runs of the original") as caught:
         dt.swap(model, example=values(CLIP))
+    assert str(caught.value.report).startswith("2 modules compared, none swapped")
     assert type(model.inner) is published.RSA
 
 

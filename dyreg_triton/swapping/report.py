@@ -77,8 +77,9 @@ class SwapReport:
         self._restore = None
 
     def __str__(self) -> str:
-        many = len(self.modules)
-        lines = [f"{many} module{'' if many == 1 else 's'} swapped"]
+        many = f"{len(self.modules)} module{'' if len(self.modules) == 1 else 's'}"
+        refused = any(row.wrong for row in (*self.modules, *([self.whole] if self.whole else [])))
+        lines = [f"{many} compared, none swapped" if refused else f"{many} swapped"]
         if self.modules:
             rows = [*self.modules, *([self.whole] if self.whole and self.whole not in self.modules else [])]
             lines += _table(rows)
@@ -95,7 +96,7 @@ class SwapReport:
             lines += ["ours already: " + ", ".join(path or "the model itself" for path in self.already)]
         if self.left:
             lines += ["left as they are:", *_reasons(self.left)]
-        if self.modules:
+        if self.modules and not refused:
             classes = ", ".join(dict.fromkeys(row.before for row in self.modules))
             lines += [
                 f"no longer an instance of {classes}: code that collects parameters by class, as the authors' "
