@@ -106,7 +106,7 @@ class SwapReport:
         for row in self.modules:
             where.setdefault(row.vanishing, []).append(row.path or "the model")
         for names, paths in where.items():
-            if names:
+            if names and not refused:
                 lines += [f"no longer left by a forward of {', '.join(paths)}: {', '.join(names)}"]
         return "\n".join(lines)
 
