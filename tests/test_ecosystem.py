@@ -124,6 +124,12 @@ def run_op(case: RegionCase | RelationalCase, function: Callable[..., Tensor] | 
     return value_and_gradients(function or case.function(dt.ops), values, grad_output)
 
 
+# for processes that talk to each other, on the CPU of this machine
+GLOO = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+if sys.platform == "linux":
+    GLOO["GLOO_SOCKET_IFNAME"] = "lo"
+
+
 def python(code: str, *arguments: object, timeout: float = 120, **environment: str) -> str:
     """Run `code` in a process of its own, which can import this file, and return what it prints."""
     here = Path(__file__).resolve().parent
@@ -419,14 +425,11 @@ def ddp_rank(rank: int, folder: str) -> None:
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Every parameter gets a gradient, the mean over ranks, and the ranks stay the same bit for bit."""
     code = "import sys, test_ecosystem; test_ecosystem.ddp_rank(int(sys.argv[1]), sys.argv[2])"
-    environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
     failures: list[BaseException] = []
 
     def start(rank: int) -> None:
         try:
-            python(code, rank, tmp_path, timeout=90, **environment)
+            python(code, rank, tmp_path, timeout=90, **GLOO)
         except BaseException as error:
             failures.append(error)
 

@@ -54,7 +54,7 @@ from swap_cases import (
     untouched,
     values,
 )
-from test_ecosystem import in_parallel, python
+from test_ecosystem import GLOO, in_parallel, python
 from test_golden import Golden, assert_gradients, assert_largest_close
 from torch import Tensor, nn
 
@@ -853,12 +853,9 @@ def ddp_rank(rank: int, folder: str) -> None:
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="compares processes on the CPU")
 def test_data_parallel(tmp_path: Path) -> None:
     code = "import sys, test_swap; test_swap.ddp_rank(int(sys.argv[1]), sys.argv[2])"
-    environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
 
     def start(rank: int) -> None:
-        python(code, rank, tmp_path, timeout=90, **environment)
+        python(code, rank, tmp_path, timeout=90, **GLOO)
 
     in_parallel(*[lambda rank=rank: start(rank) for rank in range(RANKS)])
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(RANKS)]

@@ -25,7 +25,6 @@ class Found:
     paths: list[str]
     theirs: nn.Module
     ours: nn.Module
-    family: Family
 
     def row(self) -> Swapped:
         """What a report says of it before anything is measured."""
@@ -98,7 +97,7 @@ def search(model: nn.Module, only: tuple[str, ...] | None, keep_regions: bool) -
             except Unlike as why:
                 result.left.append(Left(places[0], class_of(module), str(why)))
             else:
-                result.found.append(Found(places, module, ours, family))
+                result.found.append(Found(places, module, ours))
                 return
         for child in module.children():
             walk(child)
