@@ -10,21 +10,21 @@ from torch import Tensor
 
 def autocast_is_on(kind: str) -> bool:
     """Whether autocast is on for devices of this type."""
-    # asked of a device type that has no autocast (meta), torch raises
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # asked of a device type that has no autocast (meta), torch raises; to ask whether it has takes a while
+    return (kind in ("cuda", "cpu") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def lowered_dtype(features: Tensor) -> torch.dtype:
     """The dtype of `features`, or autocast's where it is on for their device, as a matrix product takes them."""
     kind = features.device.type
-    if features.is_floating_point() and features.dtype != torch.float64 and autocast_is_on(kind):
+    if autocast_is_on(kind) and features.is_floating_point() and features.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return features.dtype
 
 
 def lowered(features: Tensor) -> Tensor:
     """`features` in their `lowered_dtype`."""
-    return features.to(lowered_dtype(features))
+    return features.to(lowered_dtype(features)) if autocast_is_on(features.device.type) else features
 
 
 def full_precision(kind: str) -> AbstractContextManager:

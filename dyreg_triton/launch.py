@@ -1,14 +1,19 @@
-"""From tensors to kernel arguments: strides, precision, the launch itself."""
+"""From tensors to kernel arguments: strides, precision, the launch itself, and what of it is kept for the next call."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from . import gpu
+from .gpu import family
+from .tuning import lookup
 
 
 class MapLayout(NamedTuple):
@@ -116,21 +121,6 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def family(tensor: Tensor) -> str:
-    """What launches on `tensor` compile for, as configs tell GPUs apart: nvidia, blackwell, amd; or interpreted."""
-    from triton.runtime import driver
-
-    from .kernels.common import interpreted
-
-    if interpreted():
-        return "interpreted"
-    with _device_of(tensor):
-        target = driver.active.get_current_target()
-    if target.backend != "cuda":
-        return "amd"
-    return "blackwell" if target.arch >= 100 else "nvidia"
-
-
 def precision(tensor: Tensor, highest: str = "ieee") -> str:
     """How float32 operands are multiplied: as torch.get_float32_matmul_precision() says for torch's own products.
 
@@ -140,21 +130,106 @@ def precision(tensor: Tensor, highest: str = "ieee") -> str:
     if tensor.dtype != torch.float32 or torch.version.hip:
         return "ieee"
     if torch.get_float32_matmul_precision() == "highest":
-        return highest if highest == "ieee" or family(tensor) in ("nvidia", "blackwell") else "ieee"
+        return highest if highest == "ieee" or family(tensor.device) in ("nvidia", "blackwell") else "ieee"
     return "tf32"
 
 
 def register_limit(registers: int | None, tensor: Tensor) -> dict[str, int]:
     """A limit of registers per thread as a launch option, which only NVIDIA's compiler takes."""
-    return {"maxnreg": registers} if registers is not None and family(tensor) in ("nvidia", "blackwell") else {}
+    return {"maxnreg": registers} if registers is not None and family(tensor.device) in ("nvidia", "blackwell") else {}
 
 
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+# --- what is kept: everything that follows from a call's shapes, strides, dtypes, devices and options ---------------
+
+T = TypeVar("T")
+_plans: dict[tuple, Any] = {}
+_MOST = 4096  # plans; a few of each size that a program uses
 
 
-def launch(kernel: Any, programs: int, tensor: Tensor, *args: Any, **constants: Any) -> None:
-    """Run `programs` programs of a Triton kernel under the device of `tensor`."""
-    with _device_of(tensor):
+def planned(make: Callable[..., T], tensors: tuple[Tensor | None, ...], *options: Any) -> T:
+    """`make(*tensors, *options)`, made once for all tensors of these shapes, strides, dtypes and devices.
+
+    `make` may look at nothing else of them, nor keep them. Plans also depend on torch's matmul precision and on the
+    tuning in use.
+    """
+    key = (
+        make, options, lookup.generation, torch.get_float32_matmul_precision(),
+        *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = make(*tensors, *options)
+        if len(_plans) >= _MOST:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def forget() -> None:
+    """Drop every plan, and with them the compiled kernels that they hold: for whoever exchanges Triton's driver."""
+    _plans.clear()
+    gpu.forget()
+    lookup.forget()
+
+
+class Launch:
+    """A launch of a Triton kernel that lacks only its tensors.
+
+    Triton's own way from arguments to a compiled kernel binds and hashes them all, which takes several times as long
+    as the launch. Here they follow from the plan, so the compiled kernel of the first launch is launched directly from
+    then on. Only the alignment of the tensors, which Triton's choice depends on too, is looked at each time.
+
+    Args:
+        kernel: a `triton.jit` function of tensors, then floats, then `static`, then the names of `constants`.
+        programs: how many run.
+        key: what its config was looked up by.
+        static: its arguments after tensors and floats.
+        constants: its compile-time arguments by name, and launch options.
+    """
+
+    __slots__ = ("_direct", "_tail", "constants", "kernel", "key", "programs", "static")
+
+    def __init__(self, kernel: Any, programs: int, key: Any, *static: Any, **constants: Any):
+        self.kernel, self.programs, self.key, self.static = kernel, programs, key, static
         # said out loud, because a later Triton turns fused multiply-add off by default
-        kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
+        self.constants = {**constants, "enable_fp_fusion": True}
+        self._direct: Callable[..., None] | None = None
+        self._tail: tuple[Any, ...] = ()
+
+    def __call__(self, *args: Any) -> None:
+        """Launch it on these tensors and floats, under the device of the first."""
+        for watch in _watchers:
+            watch(self, args)
+        device = args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(args)
+        else:
+            self._launch(args)
+
+    def _launch(self, args: tuple[Any, ...]) -> None:
+        for arg in args:
+            if type(arg) is not float and arg.data_ptr() & 15:
+                self.kernel[(self.programs,)](*args, *self.static, **self.constants)
+                return
+        if self._direct is not None:
+            self._direct(*args, *self._tail)
+            return
+        compiled = self.kernel[(self.programs,)](*args, *self.static, **self.constants)
+        if getattr(compiled, "module", None) is not None:  # it has run: neither interpreted nor compiled only
+            named = self.kernel.arg_names[len(args) + len(self.static) :]
+            self._tail = (*self.static, *(self.constants[name] for name in named))
+            self._direct = compiled[(self.programs, 1, 1)]
+
+
+_watchers: list[Callable[[Launch, tuple[Any, ...]], None]] = []
+
+
+@contextlib.contextmanager
+def watched(watch: Callable[[Launch, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Inside, `watch(launch, args)` is called before every launch of any thread."""
+    _watchers.append(watch)
+    try:
+        yield
+    finally:
+        _watchers.remove(watch)

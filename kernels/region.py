@@ -72,8 +72,8 @@ def run_offsets(c_block, C, CELLS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P:
     return offsets, (i < BLOCK_C * CELLS) & (offsets < tl.cast(C, tl.int64) * CELLS)
 
 
-@triton.jit
-def is_whole(dtype: tl.constexpr, CELLS: tl.constexpr, GAPLESS: tl.constexpr, BLOCK_P: tl.constexpr):
+@triton.constexpr_function  # what a jit function gives back is no constant in Triton 3.6
+def is_whole(dtype, CELLS, GAPLESS, BLOCK_P):
     """Whether a tile is one run of memory whose channels wide loads do not divide: all cells of gapless channels."""
     return GAPLESS and CELLS <= BLOCK_P and CELLS * dtype.primitive_bitwidth % 128 != 0
 

@@ -1158,8 +1158,6 @@ def far_offsets() -> None:
 
 def large_map_triton() -> None:
     """A contiguous map, in larger tiles than usual because the interpreter takes about a millisecond for each."""
-    from unittest import mock
-
     from dyreg_triton import tuning
 
     height, width = 2**10, 2**10 + 1
@@ -1169,7 +1167,7 @@ def large_map_triton() -> None:
     corner = x[-1, :, -4:, -5:]
     corner.copy_(torch.arange(5120).view(256, 4, 5) % 31)
     regions = torch.tensor([[width - 1.4, height - 1.3, 1.7, 1.4]], device=DEVICE).expand(9, 1, 4)
-    with dt.backend("triton"), mock.patch.object(tuning, "region", return_value=tuning.Config(16, 256, 2**12)):
+    with dt.backend("triton"), tuning.override(lambda *_: tuning.Config(16, 256, 2**12)):
         found = dt.ops.region_pool(x, regions)[-1]
     own = regions[-1] - torch.tensor([width - 5.0, height - 4.0, 0.0, 0.0], device=DEVICE)
     with dt.backend("eager"):

@@ -143,22 +143,22 @@ def test_small_maps_are_read_as_one_run(size, c, dtype):
 @kernels
 def test_a_program_writes_its_own_channels_only():
     """Others run at the same time on a GPU; here one runs alone."""
-    from unittest import mock
-
     from dyreg_triton.ops import region as ops
 
-    def first(kernel, programs, *args, **constants):
-        assert programs == 3
-        launch.launch(kernel, 1, *args, **constants)
+    def first(ready, args):
+        assert ready.programs == 3
+        ready.programs = 1
 
     for size in ((7, 7), (9, 11)):
         x, v, r = inputs(1, c=48, h=size[0], w=size[1])
         y = torch.full_like(x, 7.0)
-        with mock.patch.object(ops, "launch", first):
+        launch.forget()
+        with launch.watched(first):
             ops._scatter(y, v, None, r, "linear", 1.0)
             ops._scatter(y, v, x, r, "linear", 1.0)
         assert not y[:, :16].eq(7).any()
         assert y[:, 16:].eq(7).all()
+        launch.forget()  # these launches are not for others
 
 
 @kernels

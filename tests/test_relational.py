@@ -590,14 +590,13 @@ def test_eps_may_be_any_number(backend: str, eps: float) -> None:
 @contextmanager
 def forced(**fields: Any) -> Iterator[list[object]]:
     """Every launch config says this; gives what was asked for."""
-    module = importlib.import_module("dyreg_triton.ops.relational_launches")
-    choose, seen = tuning.relational, []
+    seen: list[object] = []
 
-    def config(*args: Any, **kwargs: Any) -> Any:
-        seen.append(args or kwargs)
-        return dataclasses.replace(choose(*args, **kwargs), **fields)
+    def choose(key: tuning.Key, config: Any) -> Any:
+        seen.append(key)
+        return dataclasses.replace(config, **fields)
 
-    with mock.patch.object(module.tuning, "relational", config):
+    with tuning.override(choose):
         yield seen
 
 
@@ -654,12 +653,7 @@ def test_other_blocks(fields: dict[str, Any]) -> None:
         eps=1e-2, seed=32,
     )  # fmt: skip
     kinds = ("fold_keys", "fold_values") if "plane" in fields else ("by_h1", "by_h2", "backward")
-    choose = tuning.relational
-
-    def config(kind: str, *args: Any) -> Any:
-        return dataclasses.replace(choose(kind, *args), **(fields if kind in kinds else {}))
-
-    with mock.patch.object(tuning, "relational", config):
+    with tuning.override(lambda key, config: dataclasses.replace(config, **(fields if key.kind in kinds else {}))):
         check(case, "triton")
 
 
@@ -673,12 +667,12 @@ def test_blocks_of_every_family(family: str, itemsize: int, width: int) -> None:
         kernel_size=(1, 3, 3), clip=(1, 5, 3), batch=2, queries=2, channels=20, value_channels=12, mixed=12, eps=1e-2,
         seed=33,
     )  # fmt: skip
-    choose = tuning.relational
 
-    def config(kind: str, clips: int, size: Any, queries: int, channels: Any, window: Any, *_: Any) -> Any:
-        return choose(kind, clips, size, queries, (width,) * 4, window, itemsize, family)
+    def choose(key: tuning.Key, _: Any) -> Any:
+        clips, t, h, w, queries, *_, kt, kh, kw = key.sizes
+        return tuning.relational(key.kind, clips, (t, h, w), queries, (width,) * 4, (kt, kh, kw), itemsize, family)
 
-    with mock.patch.object(tuning, "relational", config):
+    with tuning.override(choose):
         check(case, "triton")
 
 

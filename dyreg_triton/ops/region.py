@@ -24,9 +24,9 @@ from .. import reference, tuning
 from ..autocast import lowered
 from ..dispatch import choose
 from ..eager import region as eager
-from ..launch import accumulator, launch, leading, map_layout, precision, register_limit, wider
+from ..launch import Launch, accumulator, leading, map_layout, planned, precision, register_limit, wider
 from ..validate.region import region_arguments
-from .custom import once_only, refuse_transforms
+from .custom import once_only, op, refuse_transforms
 
 
 def region_kernel(
@@ -137,94 +137,127 @@ def region_remap(
 # --- the Triton path: launches ------------------------------------------------------------------------------
 
 
-def _constants(
-    kernel_input: Tensor, regions: Tensor, size: tuple[int, int], profile: str, config: tuning.Config
-) -> dict:
-    return {
-        "N": regions.shape[-2], "H": size[0], "W": size[1], "PROFILE": profile,
-        "ACC": accumulator(kernel_input.dtype),
-        "BLOCK_N": config.block_n, "BLOCK_P": config.block_p, "BLOCK_AXIS": 32, "num_warps": config.num_warps,
-        **register_limit(config.registers, kernel_input),
-    }  # fmt: skip
+def _launch(
+    kernel: Any, key: tuning.Key, config: tuning.Config, programs: int, features: Tensor, profile: str, *static: Any,
+    **constants: Any,
+) -> Launch:  # fmt: skip
+    """A launch on the map and regions that `key` names."""
+    return Launch(
+        kernel, programs, key, *static, **constants,
+        PROFILE=profile, ACC=accumulator(features.dtype),
+        BLOCK_N=config.block_n, BLOCK_P=config.block_p, BLOCK_AXIS=32, num_warps=config.num_warps,
+        **register_limit(config.registers, features),
+    )  # fmt: skip
 
 
 def _gather(
     x: Tensor, v: Tensor | None, regions: Tensor, profile: str, temperature: float, *, nodes: bool
 ) -> tuple[Tensor, Tensor]:
     """One pass over map x: (nodes, region gradient), the first empty unless `nodes`, the second unless v is given."""
+    launch, pooled_shape, rows_shape = planned(_plan_gather, (x, v, regions), profile, nodes)
+    pooled = x.new_empty(pooled_shape)
+    rows = x.new_empty(rows_shape, dtype=wider(x.dtype))
+    launch(x, x if v is None else v.contiguous(), regions.contiguous(), pooled, rows, temperature)
+    return pooled, rows if v is None else _summed(rows, regions)
+
+
+def _plan_gather(
+    x: Tensor, v: Tensor | None, regions: Tensor, profile: str, nodes: bool
+) -> tuple[Launch, tuple[int, ...], tuple[int, ...]]:
+    """The launch, and the shapes of nodes and of the moments' rows."""
     from ..kernels.region import region_gather
 
-    (channels, *size), number = x.shape[-3:], regions.shape[-2]
+    (channels, height, width), number = x.shape[-3:], regions.shape[-2]
     frames = math.prod(x.shape[:-3])
-    kind = "gather" if v is None else "gather_moments"
-    config = tuning.region(kind, frames, number, channels, size[0] * size[1], x.element_size())
+    key = tuning.region_key("gather" if v is None else "gather_moments", frames, number, channels, height * width, x)
+    config = tuning.config(key, x)
     c_blocks = -(-channels // config.block_c)
     lead1, lead2, (lead,) = leading(x)
     layout = map_layout(x, lead)
-    pooled = x.new_empty((*x.shape[:-3], number, channels) if nodes else 0)
-    rows = x.new_empty(0 if v is None else (frames, c_blocks, number, 4), dtype=wider(x.dtype))
-    launch(
-        region_gather, frames * c_blocks * -(-number // config.block_n), x,
-        x, x if v is None else v.contiguous(), regions.contiguous(), pooled, rows, temperature,
+    launch = _launch(
+        region_gather, key, config, frames * c_blocks * -(-number // config.block_n), x, profile,
         channels, lead1, lead2, *layout.strides,
-        NODES=nodes, MOMENTS=v is not None,
+        N=number, H=height, W=width, NODES=nodes, MOMENTS=v is not None,
         PRECISION=precision(x), BLOCK_C=config.block_c, **layout.constants(),
-        **_constants(x, regions, (size[0], size[1]), profile, config),
     )  # fmt: skip
-    return pooled, rows if v is None else _summed(rows, regions)
+    return (
+        launch,
+        (*x.shape[:-3], number, channels) if nodes else (0,),
+        ((0,) if v is None else (frames, c_blocks, number, 4)),
+    )
 
 
 def _scatter(
     y: Tensor, v: Tensor, x: Tensor | None, regions: Tensor, profile: str, temperature: float
 ) -> Tensor | None:
-    """Write map y from nodes v; with map x return the region gradient too, or None where N does not fit one program."""
-    from ..kernels.region import region_scatter
-
-    (channels, *size), number = y.shape[-3:], regions.shape[-2]
-    frames = math.prod(y.shape[:-3])
-    kind = "scatter" if x is None else "scatter_moments"
-    config = tuning.region(kind, frames, number, channels, size[0] * size[1], y.element_size())
-    if x is not None and number > config.block_n:
+    """Write map y from nodes v; with map x return the region gradient too."""
+    launch, rows_shape = planned(_plan_scatter, (y, v, x, regions), profile)
+    if launch is None:
+        assert x is not None
         _scatter(y, v, None, regions, profile, temperature)
         return _gather(x, v, regions, profile, temperature, nodes=False)[1]
+    rows = y.new_empty(rows_shape, dtype=wider(y.dtype))
+    launch(v.contiguous(), y if x is None else x, regions.contiguous(), y, rows, temperature)
+    return None if x is None else _summed(rows, regions)
+
+
+def _plan_scatter(
+    y: Tensor, v: Tensor, x: Tensor | None, regions: Tensor, profile: str
+) -> tuple[Launch | None, tuple[int, ...]]:
+    """The launch, or None where one program cannot hold the moments of all regions; and the shape of their rows."""
+    from ..kernels.region import region_scatter
+
+    (channels, height, width), number = y.shape[-3:], regions.shape[-2]
+    frames = math.prod(y.shape[:-3])
+    key = tuning.region_key("scatter" if x is None else "scatter_moments", frames, number, channels, height * width, y)
+    config = tuning.config(key, y)
+    if x is not None and number > config.block_n:
+        return None, ()
     c_blocks = -(-channels // config.block_c)
     read = y if x is None else x
     lead1, lead2, (x_lead, y_lead) = leading(read, y)
     x_layout, y_layout = map_layout(read, x_lead), map_layout(y, y_lead)
-    rows = y.new_empty(0 if x is None else (frames, c_blocks, number, 4), dtype=wider(y.dtype))
-    launch(
-        region_scatter, frames * c_blocks, y,
-        v.contiguous(), read, regions.contiguous(), y, rows, temperature,
+    launch = _launch(
+        region_scatter, key, config, frames * c_blocks, y, profile,
         channels, lead1, lead2, *x_layout.strides, *y_layout.strides,
-        MOMENTS=x is not None,
+        N=number, H=height, W=width, MOMENTS=x is not None,
         PRECISION=precision(y), BLOCK_C=config.block_c, **x_layout.constants("X_"), **y_layout.constants("Y_"),
-        **_constants(y, regions, (size[0], size[1]), profile, config),
     )  # fmt: skip
-    return None if x is None else _summed(rows, regions)
+    return launch, (0,) if x is None else (frames, c_blocks, number, 4)
 
 
 def _dense(k: Tensor, regions: Tensor, profile: str, temperature: float) -> None:
+    planned(_plan_dense, (k, regions), profile)(regions.contiguous(), k, temperature)
+
+
+def _plan_dense(k: Tensor, regions: Tensor, profile: str) -> Launch:
     from ..kernels.region import region_dense
 
-    number, *size = k.shape[-3:]
-    frames, cells = math.prod(k.shape[:-3]), size[0] * size[1]
-    config = tuning.region("dense", frames, number, 1, cells, k.element_size())
+    number, height, width = k.shape[-3:]
+    frames, cells = math.prod(k.shape[:-3]), height * width
+    key = tuning.region_key("dense", frames, number, 1, cells, k)
+    config = tuning.config(key, k)
     programs = frames * -(-number // config.block_n) * -(-cells // config.block_p)
-    launch(region_dense, programs, k, regions.contiguous(), k, temperature,
-           **_constants(k, regions, (size[0], size[1]), profile, config))  # fmt: skip
+    return _launch(region_dense, key, config, programs, k, profile, N=number, H=height, W=width)
 
 
 def _dense_moments(grad: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+    launch, rows_shape = planned(_plan_dense_moments, (grad, regions), profile)
+    rows = grad.new_empty(rows_shape, dtype=wider(grad.dtype))
+    launch(regions.contiguous(), grad.contiguous(), rows, temperature)
+    return _summed(rows, regions)
+
+
+def _plan_dense_moments(grad: Tensor, regions: Tensor, profile: str) -> tuple[Launch, tuple[int, ...]]:
     from ..kernels.region import region_dense_backward
 
-    number, *size = grad.shape[-3:]
-    frames, cells = math.prod(grad.shape[:-3]), size[0] * size[1]
-    config = tuning.region("dense_moments", frames, number, 16, cells, grad.element_size())
-    rows = grad.new_empty((frames, 1, number, 4), dtype=wider(grad.dtype))
-    launch(region_dense_backward, frames * -(-number // config.block_n), grad,
-           regions.contiguous(), grad.contiguous(), rows, temperature,
-           **_constants(grad, regions, (size[0], size[1]), profile, config))  # fmt: skip
-    return _summed(rows, regions)
+    number, height, width = grad.shape[-3:]
+    frames = math.prod(grad.shape[:-3])
+    key = tuning.region_key("dense_moments", frames, number, 16, height * width, grad)
+    config = tuning.config(key, grad)
+    programs = frames * -(-number // config.block_n)
+    launch = _launch(region_dense_backward, key, config, programs, grad, profile, N=number, H=height, W=width)
+    return launch, (frames, 1, number, 4)
 
 
 def _summed(rows: Tensor, regions: Tensor) -> Tensor:
@@ -236,7 +269,7 @@ def _summed(rows: Tensor, regions: Tensor) -> Tensor:
 # --- the Triton path: each op is schema, implementation, fake, autograd, and a backward op of its own -------
 
 
-@torch.library.custom_op("dyreg_triton::region_pool", mutates_args=())
+@op("region_pool")
 def _pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
     nodes = x.new_empty(*x.shape[:-3], regions.shape[-2], x.shape[-3])
     if nodes.numel() == 0 or x.numel() == 0:
@@ -249,7 +282,7 @@ def _(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
     return x.new_empty(*x.shape[:-3], regions.shape[-2], x.shape[-3])
 
 
-@torch.library.custom_op("dyreg_triton::region_pool_backward", mutates_args=())
+@op("region_pool_backward")
 def _pool_backward(
     grad: Tensor, x: Tensor, regions: Tensor, profile: str, temperature: float, need_x: bool, need_regions: bool
 ) -> tuple[Tensor, Tensor]:
@@ -273,7 +306,7 @@ def _(grad: Tensor, x: Tensor, regions: Tensor, profile: str, temperature: float
     return _pool_gradients(x, regions, need_x, need_regions)
 
 
-@torch.library.custom_op("dyreg_triton::region_remap", mutates_args=())
+@op("region_remap")
 def _remap(nodes: Tensor, regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
     y = nodes.new_empty(*nodes.shape[:-2], nodes.shape[-1], height, width)
     if y.numel() == 0 or nodes.numel() == 0:
@@ -287,7 +320,7 @@ def _(nodes: Tensor, regions: Tensor, height: int, width: int, profile: str, tem
     return nodes.new_empty(*nodes.shape[:-2], nodes.shape[-1], height, width)
 
 
-@torch.library.custom_op("dyreg_triton::region_remap_backward", mutates_args=())
+@op("region_remap_backward")
 def _remap_backward(
     grad: Tensor, nodes: Tensor, regions: Tensor, profile: str, temperature: float, need_nodes: bool, need_regions: bool
 ) -> tuple[Tensor, Tensor]:
@@ -310,7 +343,7 @@ def _(
     return _remap_gradients(nodes, regions, need_nodes, need_regions)
 
 
-@torch.library.custom_op("dyreg_triton::region_kernel", mutates_args=())
+@op("region_kernel")
 def _kernel(regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
     k = regions.new_empty(*regions.shape[:-1], height, width)
     if k.numel():
@@ -323,7 +356,7 @@ def _(regions: Tensor, height: int, width: int, profile: str, temperature: float
     return regions.new_empty(*regions.shape[:-1], height, width)
 
 
-@torch.library.custom_op("dyreg_triton::region_kernel_backward", mutates_args=())
+@op("region_kernel_backward")
 def _kernel_backward(grad: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
     if grad.numel() == 0:
         return regions.new_zeros(regions.shape)
@@ -358,9 +391,9 @@ def _kernel_autograd(ctx: Any, grad: Tensor) -> tuple:
     return (_kernel_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
 
 
-_pool.register_autograd(_pool_autograd, setup_context=_setup)
-_remap.register_autograd(_remap_autograd, setup_context=_setup)
-_kernel.register_autograd(_kernel_autograd, setup_context=_setup)
+_pool.register_autograd(_pool_autograd, _setup)
+_remap.register_autograd(_remap_autograd, _setup)
+_kernel.register_autograd(_kernel_autograd, _setup)
 once_only(_pool_backward, "region_pool")
 once_only(_remap_backward, "region_remap")
 once_only(_kernel_backward, "region_kernel")

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from .. import reference, tuning
-from ..autocast import lowered
+from ..autocast import autocast_is_on, lowered
 from ..dispatch import choose, current_backend
 from ..eager import relational as eager
 from ..validate import describe
 from ..validate.relational import relational_arguments
-from .custom import once_only, refuse_transforms
-from .relational_launches import Problem, backward, empty_gradients, forward
+from .custom import once_only, op, refuse_transforms, signature
+from .relational_launches import Problem, backward, empty_gradients, forward, output_shapes
 
 
 def relational_attention(
@@ -72,11 +72,12 @@ def relational_attention(
         RuntimeError: the backend asked for cannot run here.
     """
     tensors = {"q": q, "k": k, "v": v, "h1": h1, "p1": p1, "h2": h2, "g": g, "identity": identity}
-    relational_arguments("relational_attention", tensors, eps)
-    given = (q, k, v, h2, h1, p1, g, identity)
-    lower: list[Any] = [None if t is None else lowered(t) for t in given]
-    problem = Problem._make([*lower, None if eps is None else float(eps)])
-    name = _backend(problem, {name: t for name, t in tensors.items() if t is not None})
+    beyond = _checked(tensors, eps)
+    given: list[Any] = [q, k, v, h2, h1, p1, g, identity]
+    if autocast_is_on(q.device.type):
+        given = [None if t is None else lowered(t) for t in given]
+    problem = Problem._make([*given, None if eps is None else float(eps)])
+    name = _backend(problem, beyond, tensors)
     if name == "reference":
         options: dict[str, Any] = dict(zip(Problem._fields[3:], problem[3:], strict=True))
         return reference.relational_attention(*problem[:3], **options)
@@ -88,18 +89,34 @@ def relational_attention(
     return _attend(*problem, save)[0].transpose(1, 2)
 
 
-def _backend(problem: Problem, call: dict[str, Tensor]) -> str:
-    """The backend of a call; for sizes beyond the kernels' "auto" takes eager, and says so."""
-    name = choose("relational_attention", problem.q, call)
-    if name != "triton":
-        return name
-    sizes = dict(zip("LCDEFM", (problem.q.shape[1], *problem.channels, problem.taps), strict=True))
+_good: dict[tuple, list[str]] = {}  # calls that passed the checks, and what of them is beyond the kernels
+
+
+def _checked(tensors: dict[str, Any], eps: Any) -> list[str]:
+    """Check a call, unless one like it was good before; the sizes that are beyond the kernels, in words."""
+    call = signature(tensors.values(), type(eps), eps) if eps is None or type(eps) in (float, int) else None
+    if call is not None and call in _good and not autocast_is_on(tensors["q"].device.type):
+        return _good[call]
+    relational_arguments("relational_attention", tensors, eps)
+    given = Problem(**tensors, eps=eps)
+    sizes = dict(zip("LCDEFM", (given.q.shape[1], *given.channels, given.taps), strict=True))
     beyond = [f"{letter} = {size}" for letter, size in sizes.items() if size > tuning.RELATIONAL_LIMIT[letter]]
-    if not beyond:
+    if call is not None and not autocast_is_on(given.q.device.type):
+        if len(_good) >= 4096:
+            _good.clear()
+        _good[call] = beyond
+    return beyond
+
+
+def _backend(problem: Problem, beyond: list[str], tensors: dict[str, Tensor | None]) -> str:
+    """The backend of a call; for sizes beyond the kernels "auto" takes eager, and says so."""
+    name = choose("relational_attention", problem.q, tensors)
+    if name != "triton" or not beyond:
         return name
     limits = ", ".join(f"{letter} <= {size}" for letter, size in tuning.RELATIONAL_LIMIT.items())
     message = f"relational_attention: {', '.join(beyond)}; accepted on the triton backend is {limits}"
     if current_backend() == "triton":
+        call = {name: t for name, t in tensors.items() if t is not None}
         raise ValueError(f'{message}; dyreg_triton.backend("eager") takes any; call: {describe(call)}')
     _say(f"{message}; the eager backend computes this call")
     return "eager"
@@ -115,7 +132,7 @@ _say._dynamo_marked_constant = True  # type: ignore[attr-defined]  # when compil
 # --- the Triton path: an op is schema, implementation, fake, autograd, and a backward op of its own ---------
 
 
-@torch.library.custom_op("dyreg_triton::relational_attention", mutates_args=())
+@op("relational_attention")
 def _attend(
     q: Tensor, k: Tensor | None, v: Tensor, h2: Tensor, h1: Tensor | None, p1: Tensor | None, g: Tensor | None,
     identity: Tensor | None, eps: float | None, save: bool,
@@ -128,13 +145,8 @@ def _attend(
 
 
 def _outputs(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    q = problem.q
-    _, d, e, f = problem.channels
-    return (
-        q.new_empty(q.shape[0], f, q.shape[1], *problem.size),
-        problem.rows(d) if save else q.new_empty(0),
-        problem.rows(e) if save and problem.g is not None else q.new_empty(0),
-    )
+    y, a_rows, z_rows = (problem.q.new_empty(shape) for shape in output_shapes(problem, save))
+    return y, a_rows, z_rows
 
 
 @_attend.register_fake
@@ -142,7 +154,7 @@ def _(q, k, v, h2, h1, p1, g, identity, eps, save):
     return _outputs(Problem(q, k, v, h2, h1, p1, g, identity, eps), save)
 
 
-@torch.library.custom_op("dyreg_triton::relational_attention_backward", mutates_args=())
+@op("relational_attention_backward")
 def _attend_backward(
     dy: Tensor, a_rows: Tensor, z_rows: Tensor, q: Tensor, k: Tensor | None, v: Tensor, h2: Tensor, h1: Tensor | None,
     p1: Tensor | None, g: Tensor | None, identity: Tensor | None, eps: float | None, needs: list[bool],
@@ -172,5 +184,5 @@ def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple:
     return *(t if need else None for t, need in zip(gradients, needs, strict=True)), None, None
 
 
-_attend.register_autograd(_autograd, setup_context=_setup)
+_attend.register_autograd(_autograd, _setup)
 once_only(_attend_backward, "relational_attention")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
-from ..launch import accumulator, clip_layout, family, launch, precision, wider
+from ..launch import Launch, accumulator, clip_layout, planned, precision, wider
 
 
 def _pad(n: int, least: int = 16) -> int:
@@ -49,11 +49,10 @@ class Problem(NamedTuple):
     def taps(self) -> int:
         return math.prod(self.window)
 
-    def config(self, kind: str) -> tuning.RelationalConfig:
+    def key(self, kind: str) -> tuning.Key:
+        """Of one of its kernels."""
         clips, queries = self.q.shape[:2]
-        return tuning.relational(
-            kind, clips, self.size, queries, self.channels, self.window, self.q.element_size(), family(self.q)
-        )
+        return tuning.relational_key(kind, clips, self.size, queries, self.channels, self.window, self.q)
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Compile-time arguments by name."""
@@ -69,9 +68,19 @@ class Problem(NamedTuple):
         chosen = {name: every[name] for name in names}
         return {**chosen, "ACC": accumulator(self.q.dtype)}
 
-    def rows(self, features: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An empty (B, T*H*W, L, features)."""
-        return self.q.new_empty(self.q.shape[0], math.prod(self.size), self.q.shape[1], features, dtype=dtype)
+    def rows(self, features: int) -> tuple[int, int, int, int]:
+        """The shape (B, T*H*W, L, features)."""
+        return self.q.shape[0], math.prod(self.size), self.q.shape[1], features
+
+    def signature(self) -> tuple[Tensor | None, ...]:
+        """The tensors, by which what follows from their shapes is kept."""
+        return self[:8]
+
+
+def _problem(*given: Any) -> Problem:
+    """The problem of eight tensors, and of whether it is normed: a plan does not depend on eps itself."""
+    *tensors, normed = given
+    return Problem._make([*tensors, 1.0 if normed else None])
 
 
 class _Packed(NamedTuple):
@@ -90,42 +99,50 @@ def _programs(problem: Problem, block: int) -> int:
     return problem.q.shape[0] * -(-math.prod(problem.size) // block)
 
 
-def _pack(problem: Problem) -> _Packed:
+def _pack(problem: Problem, plan: tuple[Launch, list[tuple[int, ...]], bool] | None = None) -> _Packed:
+    launch, shapes, scattered = plan or planned(_plan_pack, problem.signature(), problem.eps is not None)
+    q, k, v, h2, h1, p1, g, identity, eps = problem
+    weights = [h1, p1, h2, g, identity]
+    if scattered:
+        weights = [t if t is None or t.dim() == 2 else t.flatten(-3) for t in weights]
+    packed = _Packed._make([q.new_empty(shape) for shape in shapes])
+    launch(v if k is None else k, v, *[v if t is None else t for t in weights], *packed, eps or 0.0)
+    return packed
+
+
+def _plan_pack(*tensors: Any) -> tuple[Launch, list[tuple[int, ...]], bool]:
+    """The launch, the shapes of what it makes, and whether the taps of a weight lie at no single stride."""
     from ..kernels.relational import relational_pack
 
-    q, k, v, h2, h1, p1, g, identity, eps = problem
+    problem = _problem(*tensors)
+    q, k, v, h2, h1, p1, g, identity, _ = problem
     constants = problem.constants(
         "M", "C", "D", "E", "F", "C_PAD", "D_PAD", "E_PAD", "F_PAD", "M_PAD", "HAS_H1", "HAS_P1", "HAS_G",
         "HAS_IDENTITY", "NORMED",
     )  # fmt: skip
     c, d, e, f, m = (constants[name] for name in ("C_PAD", "D_PAD", "E_PAD", "F_PAD", "M_PAD"))
     positions = q.shape[0] * math.prod(problem.size)
-
-    def empty(given: object, *shape: int) -> Tensor:
-        return q.new_empty(shape if given is not None else 0)
-
-    packed = _Packed(
-        empty(k, positions, c), empty(v, positions, e), empty(h1, c, m, d), empty(p1, max(c, 16), d), empty(h2, m, d),
-        empty(g, m, f), empty(identity, max(e, 16), f),
-    )  # fmt: skip
+    shapes = ((positions, c), (positions, e), (c, m, d), (max(c, 16), d), (m, d), (m, f), (max(e, 16), f))
     flat = [None if t is None else t.flatten(-3) for t in (h1, h2, g)]
 
     def transposed(t: Tensor | None) -> tuple[int, ...]:
         """Strides, the tap's before the last dimension's."""
         return (0, 0) if t is None else (*t.stride()[:-2], t.stride(-1), t.stride(-2))
 
-    config = problem.config("pack")
+    key = problem.key("pack")
+    config = tuning.config(key, q)
     k_layout, v_layout = clip_layout(v if k is None else k), clip_layout(v)
-    launch(
-        relational_pack, _programs(problem, config.block_p) + 1 + (0 if h1 is None else c), q,
-        v if k is None else k, v, *(v if t is None else t for t in (flat[0], p1, flat[1], flat[2], identity)),
-        *packed, eps or 0.0, q.shape[0], problem.size, k_layout.strides, v_layout.strides,
+    launch = Launch(
+        relational_pack, _programs(problem, config.block_p) + 1 + (0 if h1 is None else c), key,
+        q.shape[0], problem.size, k_layout.strides, v_layout.strides,
         (0, 0, 0) if h1 is None else transposed(flat[0]), (0, 0) if p1 is None else p1.stride(), transposed(flat[1]),
         transposed(flat[2]), (0, 0) if identity is None else identity.stride(),
         K_FORM=k_layout.form, V_FORM=v_layout.form, BLOCK_P=config.block_p, BLOCK_M=config.block_m,
         num_warps=config.num_warps, **constants,
     )  # fmt: skip
-    return packed
+    there = (k, v, h1, p1, h2, g, identity)
+    scattered = any(t is not None and t._base is None for t in flat)
+    return launch, [shape if t is not None else (0,) for t, shape in zip(there, shapes, strict=True)], scattered
 
 
 _EVERY = (
@@ -156,23 +173,41 @@ def _blocks(config: tuning.RelationalConfig, problem: Problem, queries: int, *na
 
 def forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, F, L, T, H, W), and with `save` the rows of a and, with g, of z."""
+    pack, launch, *shapes = planned(_plan_forward, problem.signature(), problem.eps is not None, save)
+    q, packed = problem.q, _pack(problem, pack)
+    y, a_rows, z_rows = (q.new_empty(shape) for shape in shapes)
+    launch(q, *packed, a_rows, z_rows, y, problem.eps or 0.0)
+    return y, a_rows, z_rows
+
+
+def output_shapes(problem: Problem, save: bool) -> tuple[tuple[int, ...], ...]:
+    """Of y, the rows of a and the rows of z."""
+    q = problem.q
+    _, d, e, f = problem.channels
+    return (
+        (q.shape[0], f, q.shape[1], *problem.size),
+        problem.rows(d) if save else (0,),
+        problem.rows(e) if save and problem.g is not None else (0,),
+    )
+
+
+def _plan_forward(*tensors: Any) -> tuple[Any, ...]:
+    """The plan of packing, the launch, and the shapes of its outputs."""
     from ..kernels.relational import relational_forward
 
-    q, eps = problem.q, problem.eps
-    packed = _pack(problem)
-    _, d, e, f = problem.channels
-    y = q.new_empty(q.shape[0], f, q.shape[1], *problem.size)
-    a_rows = problem.rows(d) if save else q.new_empty(0)
-    z_rows = problem.rows(e) if save and problem.g is not None else q.new_empty(0)
-    config = problem.config("forward")
-    q_layout, y_layout = clip_layout(q), clip_layout(y.transpose(1, 2))
-    launch(
-        relational_forward, _programs(problem, config.block_p), q,
-        q, *packed, a_rows, z_rows, y, eps or 0.0, problem.size, q_layout.strides, y_layout.strides,
+    *given, save = tensors
+    problem = _problem(*given)
+    q, key = problem.q, problem.key("forward")
+    config = tuning.config(key, q)
+    shapes = output_shapes(problem, save)
+    q_layout, y_layout = clip_layout(q), clip_layout(q.new_empty(shapes[0], device="meta").transpose(1, 2))
+    launch = Launch(
+        relational_forward, _programs(problem, config.block_p), key,
+        problem.size, q_layout.strides, y_layout.strides,
         Q_FORM=q_layout.form, Y_FORM=y_layout.form, SAVE=save, ORDER=config.order,
         **problem.constants(*_EVERY), **_blocks(config, problem, 8, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_E"),
     )  # fmt: skip
-    return y, a_rows, z_rows
+    return _plan_pack(*given), launch, *shapes
 
 
 # --- the gradients --------------------------------------------------------------------------------------------------
@@ -202,17 +237,24 @@ class _Part(NamedTuple):
 def _parts(problem: Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor) -> Iterator[tuple[slice, _Part]]:
     """A few clips at a time, for which intermediate gradients exist."""
     packed = _pack(problem)
-    q, positions = problem.q, math.prod(problem.size)
-    _, d, e, _ = problem.channels
-    clips, step = q.shape[0], problem.config("backward").clips
+    clips, positions = problem.q.shape[0], math.prod(problem.size)
+    step = tuning.config(problem.key("backward"), problem.q).clips
     for start in range(0, clips, step):
         some = slice(start, min(start + step, clips))
-        cells = slice(some.start * positions, some.stop * positions)
-        part = problem._replace(q=q[some], k=None if problem.k is None else problem.k[some], v=problem.v[some])
+        part = problem
+        if step < clips:
+            cells = slice(some.start * positions, some.stop * positions)
+            k = None if problem.k is None else problem.k[some]
+            part = problem._replace(q=problem.q[some], k=k, v=problem.v[some])
+            packed_part = packed._replace(kn=packed.kn[cells], vn=packed.vn[cells])
+            saved = dy[some], a_rows[some], z_rows[some] if problem.g is not None else z_rows
+        else:
+            packed_part, saved = packed, (dy, a_rows, z_rows)
+        _, d, e, _ = part.channels
+        empty = part.q.new_empty
         yield some, _Part(
-            part, packed._replace(kn=packed.kn[cells], vn=packed.vn[cells]), dy[some], a_rows[some],
-            z_rows[some] if problem.g is not None else z_rows, part.rows(e), part.rows(d),
-            part.rows(1 if problem.eps is not None else 0, wider(q.dtype)),
+            part, packed_part, *saved, empty(part.rows(e)), empty(part.rows(d)),
+            empty(part.rows(1 if problem.eps is not None else 0), dtype=wider(part.q.dtype)),
         )  # fmt: skip
 
 
@@ -239,15 +281,23 @@ def backward(problem: Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor, needs
 
 def _chain(part: _Part, dq: Tensor | None) -> None:
     """Write dz, da and the scales of q, and dq."""
+    problem, q = part.problem, part.problem.q
+    launch = planned(_plan_chain, (part.dy, dq, *problem.signature()), problem.eps is not None)
+    launch(
+        part.dy, q, part.a_rows, *part.packed, part.dz_rows, part.da_rows, part.scales, q if dq is None else dq,
+        problem.eps or 0.0,
+    )  # fmt: skip
+
+
+def _plan_chain(dy: Tensor, dq: Tensor | None, *tensors: Any) -> Launch:
     from ..kernels.relational import relational_backward
 
-    problem, q = part.problem, part.problem.q
-    config = problem.config("backward")
-    target = q if dq is None else dq
-    dy_layout, q_layout, dq_layout = clip_layout(part.dy), clip_layout(q), clip_layout(target)
-    launch(
-        relational_backward, _programs(problem, config.block_p), q,
-        part.dy, q, part.a_rows, *part.packed, part.dz_rows, part.da_rows, part.scales, target, problem.eps or 0.0,
+    problem = _problem(*tensors)
+    q, key = problem.q, problem.key("backward")
+    config = tuning.config(key, q)
+    dy_layout, q_layout, dq_layout = clip_layout(dy), clip_layout(q), clip_layout(q if dq is None else dq)
+    return Launch(
+        relational_backward, _programs(problem, config.block_p), key,
         problem.size, dy_layout.strides, q_layout.strides, dq_layout.strides,
         DY_FORM=dy_layout.form, Q_FORM=q_layout.form, DQ_FORM=dq_layout.form, NEED_Q=dq is not None,
         ORDER=config.order, **problem.constants(*_EVERY),
@@ -257,77 +307,90 @@ def _chain(part: _Part, dq: Tensor | None) -> None:
 
 def _keys_and_values(part: _Part, dk: Tensor | None, dv: Tensor | None) -> None:
     """Write the gradients of k and v: first of what was packed, then through the normalisation."""
-    from ..kernels.relational_gradients import relational_fold_keys, relational_fold_values, relational_unpack
-
     problem, packed = part.problem, part.packed
+    q, k, v = problem[:3]
+    fold_keys, fold_values, unpack, dk_shape, dv_shape = planned(
+        _plan_keys_and_values, (part.dy, dk, dv, *problem.signature()), problem.eps is not None
+    )
+    dk_rows, dv_rows = (q.new_empty(shape, dtype=wider(q.dtype)) for shape in (dk_shape, dv_shape))
+    if fold_keys is not None:
+        fold_keys(q, part.da_rows, part.scales, packed.h1, dk_rows)
+    if fold_values is not None:
+        fold_values(part.a_rows, part.dz_rows, part.z_rows, part.dy, packed.h2, packed.g, dv_rows)
+    clips = [v if t is None else t for t in (k, v, dk, dv)]
+    unpack(*clips[:2], dk_rows, dv_rows, *clips[2:], problem.eps or 0.0)
+
+
+def _plan_keys_and_values(dy: Tensor, dk: Tensor | None, dv: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
+    """The launches that are needed, and the shapes of the gradients of what was packed."""
+    from ..kernels.relational_gradients import relational_unpack
+
+    problem = _problem(*tensors)
     q, k, v = problem[:3]
     c, _, e, _ = problem.channels
     positions = q.shape[0] * math.prod(problem.size)
-    q_layout, dy_layout = clip_layout(q), clip_layout(part.dy)
-    dk_rows = q.new_empty((positions, c) if dk is not None else 0, dtype=wider(q.dtype))
-    dv_rows = q.new_empty((positions, e) if dv is not None else 0, dtype=wider(q.dtype))
-
-    def plane(config: tuning.RelationalConfig) -> tuple[int, dict[str, int]]:
-        down, across = (-(-n // tile) for n, tile in zip(problem.size[1:], config.plane, strict=True))
-        tiles = q.shape[0] * problem.size[0] * down * across
-        return tiles, {"PLANE_H": config.plane[0], "PLANE_W": config.plane[1], "BLOCK_S": config.block_p}
-
-    if dk is not None:
-        config = problem.config("fold_keys")
-        tiles, tile = plane(config)
-        sizes = problem.constants("L", "C", "D", "C_PAD", "D_PAD", "M_PAD", "NORMED", "WINDOW")
-        blocks = _blocks(config, problem, 16, "BLOCK_C", "BLOCK_D")
-        launch(
-            relational_fold_keys, tiles * (sizes["C_PAD"] // blocks["BLOCK_C"]), q,
-            q, part.da_rows, part.scales, packed.h1, dk_rows, problem.size, q_layout.strides, Q_FORM=q_layout.form,
-            TAPS=min(64, _pad(math.prod(problem.window[1:]), 8)), **sizes, **tile, **blocks,
-        )  # fmt: skip
-    if dv is not None:
-        config = problem.config("fold_values")
-        tiles, tile = plane(config)
-        sizes = problem.constants("L", "D", "E", "F", "D_PAD", "E_PAD", "F_PAD", "HAS_G", "WINDOW")
-        blocks = _blocks(config, problem, 8, "BLOCK_D")
-        blocks["BLOCK_D"] = min(blocks["BLOCK_D"], sizes["F_PAD"])
-        launch(
-            relational_fold_values, tiles, q,
-            part.a_rows, part.dz_rows, part.z_rows, part.dy, packed.h2, packed.g, dv_rows, problem.size,
-            dy_layout.strides, DY_FORM=dy_layout.form, **sizes, **tile, **blocks,
-        )  # fmt: skip
-    config = problem.config("pack")
-    clips = [v if t is None else t for t in (k, v, dk, dv)]
-    layouts = [clip_layout(t) for t in clips]
-    launch(
-        relational_unpack, _programs(problem, config.block_p), q,
-        *clips[:2], dk_rows, dv_rows, *clips[2:], problem.eps or 0.0, problem.size,
-        *(layout.strides for layout in layouts),
+    key = problem.key("pack")
+    config = tuning.config(key, q)
+    layouts = [clip_layout(v if t is None else t) for t in (k, v, dk, dv)]
+    unpack = Launch(
+        relational_unpack, _programs(problem, config.block_p), key,
+        problem.size, *(layout.strides for layout in layouts),
         **{f"{name}_FORM": layout.form for name, layout in zip(("K", "V", "DK", "DV"), layouts, strict=True)},
         **problem.constants("C", "E", "C_PAD", "E_PAD", "NORMED"),
         NEED_K=dk is not None, NEED_V=dv is not None, BLOCK_P=config.block_p, num_warps=config.num_warps,
     )  # fmt: skip
+    folds = None if dk is None else _plan_fold_keys(problem), None if dv is None else _plan_fold_values(problem, dy)
+    return *folds, unpack, (0,) if dk is None else (positions, c), (0,) if dv is None else (positions, e)
 
 
-def _sums(problem: Problem, splits: int, wanted: bool, *shape: int) -> Tensor:
-    """Where each of `splits` programs leaves its sum; they are added in fixed order."""
-    return problem.q.new_empty((splits, *shape) if wanted else 0, dtype=wider(problem.q.dtype))
+def _plane(problem: Problem, config: tuning.RelationalConfig) -> tuple[int, dict[str, int]]:
+    """How many tiles of positions there are, and their blocks."""
+    down, across = (-(-n // tile) for n, tile in zip(problem.size[1:], config.plane, strict=True))
+    tiles = problem.q.shape[0] * problem.size[0] * down * across
+    return tiles, {"PLANE_H": config.plane[0], "PLANE_W": config.plane[1], "BLOCK_S": config.block_p}
+
+
+def _plan_fold_keys(problem: Problem) -> Launch:
+    from ..kernels.relational_gradients import relational_fold_keys
+
+    key, q_layout = problem.key("fold_keys"), clip_layout(problem.q)
+    config = tuning.config(key, problem.q)
+    tiles, tile = _plane(problem, config)
+    sizes = problem.constants("L", "C", "D", "C_PAD", "D_PAD", "M_PAD", "NORMED", "WINDOW")
+    blocks = _blocks(config, problem, 16, "BLOCK_C", "BLOCK_D")
+    return Launch(
+        relational_fold_keys, tiles * (sizes["C_PAD"] // blocks["BLOCK_C"]), key,
+        problem.size, q_layout.strides, Q_FORM=q_layout.form,
+        TAPS=min(64, _pad(math.prod(problem.window[1:]), 8)), **sizes, **tile, **blocks,
+    )  # fmt: skip
+
+
+def _plan_fold_values(problem: Problem, dy: Tensor) -> Launch:
+    from ..kernels.relational_gradients import relational_fold_values
+
+    key, dy_layout = problem.key("fold_values"), clip_layout(dy)
+    config = tuning.config(key, problem.q)
+    tiles, tile = _plane(problem, config)
+    sizes = problem.constants("L", "D", "E", "F", "D_PAD", "E_PAD", "F_PAD", "HAS_G", "WINDOW")
+    blocks = _blocks(config, problem, 8, "BLOCK_D")
+    blocks["BLOCK_D"] = min(blocks["BLOCK_D"], sizes["F_PAD"])
+    return Launch(
+        relational_fold_values, tiles, key,
+        problem.size, dy_layout.strides, DY_FORM=dy_layout.form, **sizes, **tile, **blocks,
+    )  # fmt: skip
+
+
+def _sums(splits: int, wanted: bool, *shape: int) -> tuple[int, ...]:
+    """The shape of the sums that `splits` programs leave, each its own; they are added in fixed order."""
+    return (splits, *shape) if wanted else (0,)
 
 
 def _by_h1(part: _Part, need_h1: bool, need_p1: bool) -> dict[int, Tensor]:
     """The gradients of h1 (4) and p1 (5)."""
-    from ..kernels.relational_gradients import relational_by_h1
-
     problem, q = part.problem, part.problem.q
-    config = problem.config("by_h1")
-    constants = problem.constants("L", "C", "D", "C_PAD", "D_PAD", "M_PAD", "WINDOW", "NORMED")
-    c, d, m = (constants[name] for name in ("C_PAD", "D_PAD", "M_PAD"))
-    by_h1, by_p1 = _sums(problem, config.splits, need_h1, c, m, d), _sums(problem, config.splits, need_p1, c, d)
-    q_layout = clip_layout(q)
-    blocks = _blocks(config, problem, 16, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_D")
-    by_taps = (m // config.block_m if need_h1 else 0) + need_p1
-    launch(
-        relational_by_h1, config.splits * (c // blocks["BLOCK_C"]) * (d // blocks["BLOCK_D"]) * by_taps, q,
-        q, part.da_rows, part.scales, part.packed.kn, by_h1, by_p1, q.shape[0], problem.size, q_layout.strides,
-        Q_FORM=q_layout.form, HAS_H1=need_h1, HAS_P1=need_p1, SPLITS=config.splits, **constants, **blocks,
-    )  # fmt: skip
+    launch, *shapes = planned(_plan_by_h1, problem.signature(), problem.eps is not None, need_h1, need_p1)
+    by_h1, by_p1 = (q.new_empty(shape, dtype=wider(q.dtype)) for shape in shapes)
+    launch(q, part.da_rows, part.scales, part.packed.kn, by_h1, by_p1)
     channels, latent, _, _ = problem.channels
     found = {}
     if need_h1:
@@ -337,30 +400,63 @@ def _by_h1(part: _Part, need_h1: bool, need_p1: bool) -> dict[int, Tensor]:
     return found
 
 
+def _plan_by_h1(*given: Any) -> tuple[Any, ...]:
+    """The launch, and the shapes of its sums."""
+    from ..kernels.relational_gradients import relational_by_h1
+
+    *tensors, need_h1, need_p1 = given
+    problem = _problem(*tensors)
+    q, key = problem.q, problem.key("by_h1")
+    config = tuning.config(key, q)
+    constants = problem.constants("L", "C", "D", "C_PAD", "D_PAD", "M_PAD", "WINDOW", "NORMED")
+    c, d, m = (constants[name] for name in ("C_PAD", "D_PAD", "M_PAD"))
+    q_layout = clip_layout(q)
+    blocks = _blocks(config, problem, 16, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_D")
+    by_taps = (m // config.block_m if need_h1 else 0) + need_p1
+    launch = Launch(
+        relational_by_h1, config.splits * (c // blocks["BLOCK_C"]) * (d // blocks["BLOCK_D"]) * by_taps, key,
+        q.shape[0], problem.size, q_layout.strides,
+        Q_FORM=q_layout.form, HAS_H1=need_h1, HAS_P1=need_p1, SPLITS=config.splits, **constants, **blocks,
+    )  # fmt: skip
+    return launch, _sums(config.splits, need_h1, c, m, d), _sums(config.splits, need_p1, c, d)
+
+
 def _by_h2(part: _Part) -> dict[int, Tensor]:
     """The gradients of h2 (3), g (6) and identity (7), of those that there are."""
+    problem, q = part.problem, part.problem.q
+    launch, *shapes = planned(_plan_by_h2, (part.dy, *problem.signature()), problem.eps is not None)
+    by_h2, by_g, by_identity = (q.new_empty(shape, dtype=wider(q.dtype)) for shape in shapes)
+    launch(part.a_rows, part.dz_rows, part.z_rows, part.dy, part.packed.vn, by_h2, by_g, by_identity)
+    _, latent, values, context = problem.channels
+    found = {3: by_h2[:, : problem.taps, :latent].sum(0).mT}
+    if problem.g is not None:
+        found[6] = by_g[:, : problem.taps, :context].sum(0).mT
+    if problem.identity is not None:
+        found[7] = by_identity[:, :values, :context].sum(0)
+    return found
+
+
+def _plan_by_h2(dy: Tensor, *tensors: Any) -> tuple[Any, ...]:
+    """The launch, and the shapes of its sums."""
     from ..kernels.relational_gradients import relational_by_h2
 
-    problem, q = part.problem, part.problem.q
-    config = problem.config("by_h2")
+    problem = _problem(*tensors)
+    q, key = problem.q, problem.key("by_h2")
+    config = tuning.config(key, q)
     constants = problem.constants(
         "L", "D", "E", "F", "D_PAD", "E_PAD", "E_WIDE", "F_PAD", "M_PAD", "WINDOW", "HAS_G", "HAS_IDENTITY"
     )
     d, e, f, m = (constants[name] for name in ("D_PAD", "E_WIDE", "F_PAD", "M_PAD"))
     has_g, has_identity = problem.g is not None, problem.identity is not None
-    by_h2 = _sums(problem, config.splits, True, m, d)
-    by_g, by_identity = _sums(problem, config.splits, has_g, m, f), _sums(problem, config.splits, has_identity, e, f)
-    dy_layout = clip_layout(part.dy)
-    launch(
-        relational_by_h2, config.splits * (m // config.block_m + has_identity), q,
-        part.a_rows, part.dz_rows, part.z_rows, part.dy, part.packed.vn, by_h2, by_g, by_identity, q.shape[0],
-        problem.size, dy_layout.strides, DY_FORM=dy_layout.form, SPLITS=config.splits, **constants,
+    dy_layout = clip_layout(dy)
+    launch = Launch(
+        relational_by_h2, config.splits * (m // config.block_m + has_identity), key,
+        q.shape[0], problem.size, dy_layout.strides, DY_FORM=dy_layout.form, SPLITS=config.splits, **constants,
         **_blocks(config, problem, 8, "BLOCK_P", "BLOCK_M"),
     )  # fmt: skip
-    _, latent, values, context = problem.channels
-    found = {3: by_h2[:, : problem.taps, :latent].sum(0).mT}
-    if has_g:
-        found[6] = by_g[:, : problem.taps, :context].sum(0).mT
-    if has_identity:
-        found[7] = by_identity[:, :values, :context].sum(0)
-    return found
+    shapes = (
+        _sums(config.splits, True, m, d),
+        _sums(config.splits, has_g, m, f),
+        _sums(config.splits, has_identity, e, f),
+    )
+    return launch, *shapes

@@ -1,8 +1,27 @@
 """Launch configs, by pure lookup: the same call gets the same config on every rank, and nothing is timed at run time.
 
-So far there is one source, the documented heuristic of each op.
+`python -m dyreg_triton tune` measures, on the GPU at hand, which configs are fastest, and writes a file. A launch takes
+its config from the explicit file (`dt.tuning.use`, or the one that DYREG_TRITON_TUNING names), the user's, the one that
+comes with the library for the GPU, or the heuristic, in this order.
 """
 
 from .heuristics import RELATIONAL_LIMIT, Config, RelationalConfig, region, relational
+from .keys import Key, region_key, relational_key
+from .lookup import Origin, config, forget, origin, override, use
 
-__all__ = ["RELATIONAL_LIMIT", "Config", "RelationalConfig", "region", "relational"]
+__all__ = [
+    "RELATIONAL_LIMIT",
+    "Config",
+    "Key",
+    "Origin",
+    "RelationalConfig",
+    "config",
+    "forget",
+    "origin",
+    "override",
+    "region",
+    "region_key",
+    "relational",
+    "relational_key",
+    "use",
+]

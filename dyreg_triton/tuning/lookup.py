@@ -1,0 +1,167 @@
+"""Which config a launch gets: pure lookup, so the same call gets the same config on every rank, and nothing is timed.
+
+A key that a file holds is taken from the first file that does: the explicit one, the user's, the packaged. Failing
+that the nearest key of the first file that has a similar one. Failing that the heuristic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..gpu import Gpu, family, gpu_of
+from ..validate import what
+from .files import Entry, Unusable, packaged_file, read, report, user_file
+from .keys import Key
+from .rooms import ROOMS
+
+generation = 0  # of plans: what was planned before it changed is not used after
+_explicit: list[Path | None] = []  # innermost last
+_files: dict[Gpu, list[tuple[str, Path, dict[Key, Entry]]]] = {}
+_found: dict[tuple[Key, torch.device], Any] = {}
+_overrides: list[Callable[[Key, Any], Any]] = []  # innermost last
+
+
+class Origin(NamedTuple):
+    """A config and where it comes from.
+
+    Attributes:
+        config: the config.
+        source: "explicit", "user", "packaged" or "heuristic".
+        path: the file.
+        key: the key of the file that was taken, exact or nearest.
+        entry: what the file says of it.
+    """
+
+    config: Any
+    source: str
+    path: Path | None = None
+    key: Key | None = None
+    entry: Entry | None = None
+
+
+def _renew() -> None:
+    """Look every config up anew."""
+    global generation
+    generation += 1
+    _found.clear()
+
+
+def forget() -> None:
+    """Read all files anew at the next lookup."""
+    _files.clear()
+    _renew()
+
+
+class use:  # lower case because it is used as `with dt.tuning.use(path):`
+    """Take launch configs from the tuning file `path` first; None: from no explicit file.
+
+    `dt.tuning.use(path)` sets it from here on; `with dt.tuning.use(path):` restores the former one at the end. It holds
+    for the whole process, because a backward runs in threads of its own. A file for another GPU, a stale or a corrupt
+    one is reported once and ignored.
+
+    Raises:
+        TypeError: path is no str, no os.PathLike and not None.
+        ValueError: there is no such file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None):
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"use: path is {what(path)}; accepted is a path or None")
+        self.path = None if path is None else Path(path).absolute()
+        if self.path is not None and not self.path.is_file():
+            raise ValueError(f"use: path is {str(path)!r}; accepted is a tuning file; this is none")
+        self._entered = False
+        self._set()
+
+    def _set(self) -> None:
+        _explicit.append(self.path)
+        forget()
+
+    def __enter__(self) -> use:
+        if self._entered:
+            self._set()
+        self._entered = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for i in reversed(range(len(_explicit))):
+            if _explicit[i] is self.path:
+                del _explicit[i]
+                break
+        forget()
+
+
+def _explicit_file() -> Path | None:
+    if _explicit:
+        return _explicit[-1]
+    named = os.environ.get("DYREG_TRITON_TUNING")
+    return Path(named).absolute() if named else None
+
+
+def _sources(gpu: Gpu) -> list[tuple[str, Path, dict[Key, Entry]]]:
+    """The files for this GPU that there are and that can be used, in order."""
+    if gpu not in _files:
+        explicit = _explicit_file()
+        candidates = [("explicit", explicit)] if explicit is not None else []
+        candidates += [("user", user_file(gpu)), ("packaged", packaged_file(gpu))]
+        found = []
+        for source, path in candidates:
+            if source == "explicit" or path.is_file():
+                try:
+                    found.append((source, path, read(path, gpu, packaged=source == "packaged")))
+                except Unusable as reason:
+                    report(path, str(reason))
+        _files[gpu] = found
+    return _files[gpu]
+
+
+def origin(key: Key, device: torch.device | str) -> Origin:
+    """The config for `key` on `device`, and where it comes from."""
+    device = torch.device(device)
+    return origin_on(key, gpu_of(device), family(device))
+
+
+def origin_on(key: Key, gpu: Gpu, family: str) -> Origin:
+    """`origin` on a GPU that need not be here."""
+    room = ROOMS[key.op]
+    files = _sources(gpu)
+    for source, path, entries in files:
+        if key in entries:
+            return Origin(entries[key].config, source, path, key, entries[key])
+    similar = room.similar(key)
+    for source, path, entries in files:
+        near = [k for k in entries if k[:3] == key[:3] and room.similar(k) == similar]
+        if near:
+            nearest = min(near, key=lambda k: (key.distance(k), str(k)))
+            return Origin(room.fitted(entries[nearest].config, key), source, path, nearest, entries[nearest])
+    return Origin(room.default(key, family), "heuristic")
+
+
+def config(key: Key, tensor: Tensor) -> Any:
+    """The config for a launch on `tensor`."""
+    found = _found.get((key, tensor.device))
+    if found is None:
+        found = origin(key, tensor.device).config
+        for choose in _overrides:
+            found = choose(key, found)
+        _found[key, tensor.device] = found
+    return found
+
+
+@contextlib.contextmanager
+def override(choose: Callable[[Key, Any], Any]) -> Iterator[None]:
+    """Inside, a launch gets `choose(key, config)`, config being what it would have got: for trying configs out."""
+    _overrides.append(choose)
+    _renew()
+    try:
+        yield
+    finally:
+        _overrides.remove(choose)
+        _renew()
