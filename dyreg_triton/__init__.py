@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import compat, layers, ops, reference
+from . import compat, layers, ops, reference, tuning
 from .dispatch import backend
 from .swapping import SwapError, SwapReport, swap
 
@@ -21,6 +21,7 @@ __all__ = [
     "reference",
     "swap",
     "testing",
+    "tuning",
 ]
 
 

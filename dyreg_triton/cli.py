@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .tuning import command
+
 
 def version_of(package: str) -> str:
     """The installed version of a package, or "not installed"."""
@@ -176,14 +178,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     replace.add_argument(
         "--keep-regions", action="store_true", help="let dynamic graphs leave their regions to be read"
     )
+    tuned = commands.add_parser(
+        "tune",
+        help="measure on this GPU which launch configs are fastest, and keep them in a file that every later run reads",
+        epilog="What follows -- is the command line that the module of --from sees.",
+    )
+    command.add_arguments(tuned, _factory, _shape, _device)
     given = list(sys.argv[1:] if argv is None else argv)
     end = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:end])
     if options.command == "env":
         print(environment())
         return 0
+    arguments = given[end + 1 :]
     try:
-        print(_swap(options, given[end + 1 :]))
+        if options.command == "tune":
+            return command.main(options, lambda factory: _model(factory, arguments))
+        print(_swap(options, arguments))
     except (ValueError, TypeError, RuntimeError) as refusal:
         print(refusal, file=sys.stderr)
         return 1

@@ -25,6 +25,7 @@ from ..autocast import lowered
 from ..dispatch import choose
 from ..eager import region as eager
 from ..launch import Launch, accumulator, leading, map_layout, planned, precision, register_limit, wider
+from ..tuning import calls
 from ..validate.region import region_arguments
 from .custom import once_only, op, refuse_transforms
 
@@ -50,6 +51,8 @@ def region_kernel(
     """
     size = region_arguments("region_kernel", regions, profile, temperature, size=size)
     name = choose("region_kernel", regions, {"regions": regions, "size": size})
+    if calls.recorders:
+        calls.note("region_kernel", {"regions": regions}, size=size, profile=profile, temperature=temperature)
     if name == "reference":
         return reference.region_kernel(regions, size, profile=profile, temperature=temperature)
     if name == "triton":
@@ -88,6 +91,8 @@ def pool_placed(x: Tensor, position: Tensor | None, regions: Tensor, profile: st
     region_arguments("region_pool", regions, profile, temperature, x=x)
     x = lowered(x)
     name = choose("region_pool", x, {"x": x, "regions": regions})
+    if calls.recorders:
+        calls.note("region_pool", {"x": x, "regions": regions}, profile=profile, temperature=temperature)
     if name == "eager":
         return eager.region_pool(x, regions, profile, temperature, position)
     if position is not None:
@@ -122,6 +127,9 @@ def region_remap(
     size = region_arguments("region_remap", regions, profile, temperature, nodes=nodes, size=size)
     nodes = lowered(nodes)
     name = choose("region_remap", nodes, {"nodes": nodes, "regions": regions, "size": size})
+    if calls.recorders:
+        tensors = {"nodes": nodes, "regions": regions}
+        calls.note("region_remap", tensors, size=size, profile=profile, temperature=temperature)
     if name == "reference":
         return reference.region_remap(nodes, regions, size, profile=profile, temperature=temperature)
     if name == "triton":

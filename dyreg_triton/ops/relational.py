@@ -21,6 +21,7 @@ from .. import reference, tuning
 from ..autocast import autocast_is_on, lowered
 from ..dispatch import choose, current_backend
 from ..eager import relational as eager
+from ..tuning import calls
 from ..validate import describe
 from ..validate.relational import relational_arguments
 from .custom import once_only, op, refuse_transforms, signature
@@ -71,13 +72,15 @@ def relational_attention(
         ValueError: a wrong rank, shape, device, combination or eps.
         RuntimeError: the backend asked for cannot run here.
     """
-    tensors = {"q": q, "k": k, "v": v, "h1": h1, "p1": p1, "h2": h2, "g": g, "identity": identity}
+    tensors = {"q": q, "k": k, "v": v, "h2": h2, "h1": h1, "p1": p1, "g": g, "identity": identity}
     beyond = _checked(tensors, eps)
     given: list[Any] = [q, k, v, h2, h1, p1, g, identity]
     if autocast_is_on(q.device.type):
         given = [None if t is None else lowered(t) for t in given]
     problem = Problem._make([*given, None if eps is None else float(eps)])
     name = _backend(problem, beyond, tensors)
+    if calls.recorders:
+        calls.note("relational_attention", dict(zip(tensors, problem.signature(), strict=True)), eps=problem.eps)
     if name == "reference":
         options: dict[str, Any] = dict(zip(Problem._fields[3:], problem[3:], strict=True))
         return reference.relational_attention(*problem[:3], **options)

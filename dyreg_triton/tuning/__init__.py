@@ -5,9 +5,11 @@ its config from the explicit file (`dt.tuning.use`, or the one that DYREG_TRITON
 comes with the library for the GPU, or the heuristic, in this order.
 """
 
+from .calls import TunedCall, recording
 from .heuristics import RELATIONAL_LIMIT, Config, RelationalConfig, region, relational
 from .keys import Key, region_key, relational_key
 from .lookup import Origin, config, forget, origin, override, use
+from .tuner import tune
 
 __all__ = [
     "RELATIONAL_LIMIT",
@@ -15,13 +17,16 @@ __all__ = [
     "Key",
     "Origin",
     "RelationalConfig",
+    "TunedCall",
     "config",
     "forget",
     "origin",
     "override",
+    "recording",
     "region",
     "region_key",
     "relational",
     "relational_key",
+    "tune",
     "use",
 ]

@@ -1,0 +1,216 @@
+"""Tuning of real kernels: how a config is checked, how it is timed, and the command that does it for many."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..gpu import family, gpu_of
+from ..validate import what
+from .calls import DTYPES, PRESETS, TunedCall, load, preset
+from .engine import Progress, Refused, Summary, run
+from .files import user_file
+from .keys import ELEMENTS, Key
+from .lookup import forget, override
+from .problems import Running, case_of, keys_of
+from .rooms import ROOMS
+
+Timer = Callable[[Callable[[], None]], float]
+_TOLERANCE = dict(zip(ELEMENTS, (1e-2, 1e-5, 2e-3, 1e-10), strict=True))
+# Frames or clips of a check, whose reference takes memory: it differs from what is timed in how many programs run.
+_MOST = {"region": 32, "relational": 2}
+
+
+class KernelJob:
+    """One kernel of a call: tries configs of it in the op itself, whose other kernels have their defaults.
+
+    `running` gives the call at full size on the device.
+    """
+
+    def __init__(self, call: TunedCall, key: Key, device: torch.device, timer: Timer, running: Callable[[], Running]):
+        self.call, self.key, self.device, self.timer, self.running = call, key, device, timer, running
+        self.room = ROOMS[key.op]
+        self.default = self.room.default(key, family(device))
+
+    def neighbours(self, config: Any) -> Sequence[Any]:
+        """One step away."""
+        return list(self.room.steps(config, self.key))
+
+    def _with(self, config: Any) -> AbstractContextManager[None]:
+        def choose(key: Key, _: Any) -> Any:
+            if key[:2] != self.key[:2]:
+                return ROOMS[key.op].default(key, family(self.device))
+            return config if key == self.key else self.room.fitted(config, key)
+
+        return override(choose)
+
+    def check(self, config: Any) -> None:
+        """Outputs and gradients against the float64 reference, in poisoned memory that may not be written to."""
+        from .. import ops, reference
+        from ..dispatch import backend
+        from ..testing import check_call
+
+        op = self.call.op
+        try:
+            with self._with(config), backend("triton"):
+                check_call(
+                    getattr(ops, op), getattr(reference, op), case_of(self.call, _MOST[self.key.op]).call(),
+                    device=self.device, tolerance=_TOLERANCE[self.key.element], opcheck=False, repeat=False,
+                )  # fmt: skip
+        except Exception as error:  # whatever stops a compiler or a launch (too much shared memory), or a comparison
+            raise Refused(f"{type(error).__name__}: {error}"[:500]) from error
+
+    def seconds(self, config: Any) -> float:
+        """Of all launches of this kernel in one forward and backward."""
+        from ..dispatch import backend
+        from ..launch import Launch, watched
+
+        launches: list[tuple[Launch, tuple[Any, ...]]] = []
+
+        def keep(launch: Launch, args: tuple[Any, ...]) -> None:
+            if launch.key[:2] == self.key[:2]:
+                launches.append((launch, args))
+
+        def again() -> None:
+            for launch, args in launches:
+                launch(*args)
+
+        try:
+            with self._with(config), backend("triton"), torch.enable_grad(), watched(keep):
+                self.running()()
+            return self.timer(again)
+        except Exception as error:
+            raise Refused(f"{type(error).__name__}: {error}"[:500]) from error
+
+
+def device_timer(device: torch.device) -> Timer:
+    """Median seconds by the device's clock, of runs that find none of their data in the cache.
+
+    The cache is flushed by writing four times as much, which also keeps the device busy until the host has queued what
+    is timed.
+    """
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+
+    def once(work: Callable[[], None]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def timer(work: Callable[[], None]) -> float:
+        with torch.cuda.device(device):
+            once(work)
+            rough = once(work)
+            return statistics.median(once(work) for _ in range(max(5, min(25, int(0.05 / max(rough, 1e-9))))))
+
+    return timer
+
+
+def tune(
+    calls: Sequence[TunedCall] | None = None,
+    *,
+    shapes: str | os.PathLike[str] = "papers",
+    ops: Sequence[str] | None = None,
+    dtypes: Sequence[str] = ("bfloat16", "float32"),
+    budget: float | None = None,
+    path: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    again: bool = False,
+    timer: Timer | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Measure which launch configs are fastest, kernel by kernel, and write them to a tuning file.
+
+    Every config is first checked: outputs and gradients against the float64 reference, in poisoned memory. One that
+    does not compile, needs more shared memory than the device has, or is wrong, is passed over. The default stays
+    unless another is more than 3 % faster. What is found is in the file at once, so an interruption at any moment
+    loses one kernel at most; the same call goes on.
+
+    Args:
+        calls: what to tune for, as `recording` gives it; None: those of `shapes`.
+        shapes: "papers", "quick", or a JSON file of calls (`tuning.calls.save`).
+        ops: "region", "relational"; None: all.
+        dtypes: of the presets.
+        budget: seconds; None: no limit.
+        path: the file; None: the user's, which lookups read.
+        device: CUDA, or the CPU under Triton's interpreter; None: "cuda".
+        again: also what the file already holds.
+        timer: from a function that launches the kernel to seconds; None: the device's clock.
+        progress: called as it goes.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value.
+        RuntimeError: kernels cannot run on the device, or a default config is wrong there.
+    """
+    wanted = _calls(calls, shapes, ops, dtypes)
+    if budget is not None and (type(budget) not in (int, float) or not 0 < budget < math.inf):
+        raise ValueError(f"tune: budget is {what(budget)}; accepted is a number of seconds > 0, or None")
+    chosen = usable_device(device)
+    if timer is None and chosen.type != "cuda":
+        raise RuntimeError(f"tune: on {chosen} kernels are interpreted, whose time says nothing; give a timer")
+    target = Path(path) if path is not None else user_file(gpu_of(chosen))
+    summary = run(
+        _jobs(wanted, chosen, timer or device_timer(chosen)), target, gpu_of(chosen), budget=budget, again=again,
+        progress=progress,
+    )  # fmt: skip
+    forget()
+    return summary
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device to tune on; RuntimeError with the reason where kernels cannot run there."""
+    from ..dispatch import can_run
+    from ..validate import as_device
+
+    chosen = as_device("tune", "cuda" if device is None else device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"tune: device is {str(chosen)!r}, but torch sees no GPU here; tuning measures on the GPU")
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    can_run("triton", device=chosen, dtype=torch.float32, raise_error=True)
+    return chosen
+
+
+def _calls(
+    calls: Sequence[TunedCall] | None, shapes: str | os.PathLike[str], ops: Sequence[str] | None, dtypes: Sequence[str]
+) -> list[TunedCall]:
+    if calls is not None and not all(isinstance(call, TunedCall) for call in calls):
+        raise TypeError(f"tune: calls is {what(calls)}; accepted is a list of TunedCall")
+    for name, values, accepted in (("ops", ops, tuple(ROOMS)), ("dtypes", dtypes, DTYPES[:3])):
+        if values is not None and (isinstance(values, str) or not values or not set(values) <= set(accepted)):
+            raise ValueError(f"tune: {name} is {values!r}; accepted are some of {', '.join(accepted)}")
+    if calls is None:
+        calls = preset(str(shapes), dtypes) if shapes in PRESETS else load(shapes)
+    return [call for call in calls if ops is None or room_of(call.op) in ops]
+
+
+def room_of(op: str) -> str:
+    """Which kernels an op runs on."""
+    return op.partition("_")[0]
+
+
+def _jobs(calls: Sequence[TunedCall], device: torch.device, timer: Timer) -> list[KernelJob]:
+    """A job for every key, of the first call that has it; the tensors of one call at a time are there."""
+    jobs: dict[Key, KernelJob] = {}
+    held: dict[int, Running] = {}
+    for i, call in enumerate(calls):
+
+        def running(i: int = i, call: TunedCall = call) -> Running:
+            if i not in held:
+                held.clear()
+                held[i] = Running(call, device)
+            return held[i]
+
+        for key in keys_of(call, family(device)):
+            jobs.setdefault(key, KernelJob(call, key, device, timer, running))
+    return list(jobs.values())
