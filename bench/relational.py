@@ -1,18 +1,16 @@
 """`python -m bench run relational`: relational self-attention, forward and forward + backward.
 
-Rows come in parts: "stage", the layers of RSANet-R50; "taps" and "batch", cost against the window's M and the batch;
+Rows come in parts: "stage", the layers of RSANet-R50; "small", where launching takes longer than computing, on CUDA
+replayed as a graph too; "taps", "channels" and "batch", cost against the window's M, a query's channels and the batch;
 "table1", the paper's Table 1: the transform before it is made efficient, made efficient, with L queries, and ours.
-`python -m bench plot relational` draws the parts "taps" and "batch".
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,20 +18,14 @@ from torch.nn import functional as F
 
 import dyreg_triton as dt
 
-from .measure import Machine, relative_error, rotated
+from .measure import TOLERANCE, Machine, relative_error
+from .rows import DTYPES, Cell, Check, Contender, Floor, Rank, Row, Rows, Tensors, compared, line, name_of
 
+OP = "relational_attention"
 EPS = 1e-6
 WINDOW = (5, 7, 7)
 QUERIES = 8
-STAGES = [(8, 56), (16, 28), (32, 14), (64, 7)]  # channels of a query, height and width
-FRAMES = {"cuda": (8, 16), "cpu": (8,)}
-BATCH = {"cuda": 8, "cpu": 1}
-SWEPT = (32, 14)  # the stage at which windows and batches vary
-WINDOWS = [(3, 3, 3), (3, 5, 5), (3, 7, 7), (5, 7, 7), (5, 9, 9)]
-BATCHES = [1, 2, 4, 8]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-ROW_SECONDS = {"cuda": 1.0, "cpu": 3.0}  # to spend on a row's repeats
-Weights = tuple[Tensor, ...]  # h1, p1, h2, g, identity
+Weights = Tensors  # h1, p1, h2, g, identity
 
 
 @dataclass(frozen=True)
@@ -45,6 +37,11 @@ class Problem:
     size: tuple[int, int, int]
     queries: int = QUERIES
     window: tuple[int, int, int] = WINDOW
+
+    @property
+    def label(self) -> str:
+        sizes, window = ("x".join(map(str, n)) for n in (self.size, self.window))
+        return f"B {self.batch}, L {self.queries}, C {self.channels}, {sizes}, window {window}"
 
     @property
     def taps(self) -> int:
@@ -149,7 +146,7 @@ def vanilla_weights(h1: Tensor, p1: Tensor, h2: Tensor, g: Tensor, identity: Ten
 
 
 @dataclass(frozen=True)
-class Contender:
+class Transform:
     """A call of q, k, v and weights; `prepare` makes them, before it is timed, of those of the equation."""
 
     call: Callable[..., Tensor]
@@ -172,235 +169,122 @@ class Contender:
         y = self.call(*leaves)
         return y, *torch.autograd.grad(y, leaves, gradient)
 
-    def results(self, backward: bool, dtype: torch.dtype, device: torch.device) -> Weights:
-        """Of a step, with the gradients of the weights that the equation has."""
-        found = self.step(backward, *self.inputs(dtype, device))
-        if self.prepare is None or not backward:
-            return found
-        weights = [w.double().requires_grad_() for w in self.problem.weights(dtype, device)]
-        grads = torch.autograd.grad(self.prepare(*weights), weights, [g.double() for g in found[4:]])
-        return *found[:4], *grads
+    def error(self, wanted: Weights, dtype: torch.dtype, device: torch.device, found: Weights) -> float:
+        """Of a step's results, its gradients taken on to the weights that the equation has."""
+        if self.prepare is not None and len(found) > 1:
+            weights = [w.double().requires_grad_() for w in self.problem.weights(dtype, device)]
+            grads = torch.autograd.grad(self.prepare(*weights), weights, [g.double() for g in found[4:]])
+            found = *found[:4], *grads
+        return relative_error(found, wanted[: len(found)])
+
+    def contender(self, backward: bool, wanted: Weights, dtype: torch.dtype, device: torch.device) -> Contender:
+        """What a row compares."""
+        error_of = partial(self.error, wanted, dtype, device)
+        return Contender(partial(self.step, backward), self.inputs(dtype, device), error_of=error_of)
 
 
 def exact(problem: Problem, dtype: torch.dtype, device: torch.device) -> Weights:
     """y and all gradients by the reference in float64, a clip at a time: it holds every window."""
-    projected, gradient, *weights = (t.double() for t in Contender(ours, problem).inputs(dtype, device))
+    projected, gradient, *weights = (t.double() for t in Transform(ours, problem).inputs(dtype, device))
     with dt.backend("reference"):
-        clip = Contender(ours, replace(problem, batch=1))
+        clip = Transform(ours, replace(problem, batch=1))
         parts = [clip.step(True, x, g, *weights) for x, g in zip(projected.split(1), gradient.split(1), strict=True)]
     columns = list(zip(*parts, strict=True))
     return *(torch.cat(c) for c in columns[:4]), *(torch.stack(c).sum(0) for c in columns[4:])
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
+# --- cells ----------------------------------------------------------------------------------------------------------
 
-QUICK = Problem(1, 8, (4, 14, 14), window=(3, 5, 5))
+STAGES = [(8, 56), (16, 28), (32, 14), (64, 7)]  # channels of a query, height and width
+FRAMES = {"cuda": (8, 16), "cpu": (8,)}
+BATCH = {"cuda": 8, "cpu": 1}
+SMALL = Problem(1, 8, (4, 14, 14), window=(3, 5, 5))
+SWEPT = (32, 14)  # the stage at which windows, channels and batches vary
+WINDOWS = [(3, 3, 3), (3, 5, 5), (3, 7, 7), (5, 7, 7), (5, 9, 9)]
+CHANNELS = [8, 16, 32, 64]
+BATCHES = {"cuda": [1, 2, 4, 8, 16], "cpu": [1, 2, 4]}
 TABLE1 = {"cuda": Problem(8, 8, (4, 14, 14), window=(3, 5, 5)), "cpu": Problem(1, 8, (4, 14, 14), window=(3, 5, 5))}
 
 
-def parts(kind: str) -> Iterator[tuple[str, Problem]]:
-    """What a full run measures on "cuda" or "cpu", the most telling first, for a run may be cut short."""
+def checks(machine: Machine) -> Iterator[Check]:
+    """The small problem, forward and backward, in every dtype measured."""
+
+    def error(dtype: torch.dtype) -> float:
+        wanted = exact(SMALL, dtype, machine.device)
+        return Transform(ours, SMALL).contender(True, wanted, dtype, machine.device).error()
+
+    for dtype in DTYPES[machine.device.type]:
+        yield Check(OP, f"{SMALL.label}, {name_of(dtype)}", partial(error, dtype), TOLERANCE[dtype])
+
+
+def cells(kind: str, *, quick: bool) -> Iterator[Cell]:
+    """What a run measures on "cuda" or "cpu"; a quick one the small problem only."""
+    first, *others = DTYPES[kind]
     few, *more = FRAMES[kind]
+
+    def cell(rank: int, part: str, problem: Problem, dtype: torch.dtype = first) -> Cell:
+        return Cell(rank, OP, part, f"{problem.label}, {name_of(dtype)}", 2, partial(_rows, part, problem, dtype))
 
     def stage(channels: int, side: int, frames: int = few) -> Problem:
         return Problem(BATCH[kind], channels, (frames, side, side))
 
-    yield from (("stage", stage(*sizes)) for sizes in STAGES)
-    yield from (("taps", replace(stage(*SWEPT), window=window)) for window in WINDOWS)
-    yield from (("batch", replace(stage(*SWEPT), batch=batch)) for batch in BATCHES)
-    yield "table1", TABLE1[kind]
-    yield from (("stage", stage(*sizes, frames)) for frames in more for sizes in STAGES)
+    yield cell(Rank.SMALL, "small", SMALL)
+    if quick:
+        return
+    for i, sizes in enumerate(STAGES):
+        yield cell(Rank.STAGE + i, "stage", stage(*sizes))
+        yield from (cell(Rank.OTHER + i, "stage", stage(*sizes), dtype) for dtype in others)
+        yield from (cell(Rank.OTHER + len(STAGES) + i, "stage", stage(*sizes, frames)) for frames in more)
+    yield cell(Rank.STAGE + len(STAGES), "table1", TABLE1[kind])
+    swept = stage(*SWEPT)
+    for part, problems in {
+        "taps": [replace(swept, window=window) for window in WINDOWS],
+        "channels": [replace(swept, channels=channels) for channels in CHANNELS],
+        "batch": [replace(swept, batch=batch) for batch in BATCHES[kind]],
+    }.items():
+        yield from (cell(Rank.SWEEP + i, part, problem) for i, problem in enumerate(problems))
 
 
-def run(machine: Machine, *, quick: bool) -> Iterator[dict[str, Any] | None]:
-    """A row for every part, dtype and mode as it is measured; None for one whose results were wrong."""
-    kind = machine.device.type
-    dtypes = [torch.bfloat16, torch.float32] if kind == "cuda" and not quick else [torch.float32]
-    for part, problem in [("stage", QUICK)] if quick else parts(kind):
-        for dtype in dtypes if part == "stage" else dtypes[:1]:
-            contenders = {"ours": Contender(ours, problem)}
-            if part == "table1":
-                single = replace(problem, queries=1, channels=problem.queries * problem.channels)
-                contenders["vanilla"] = Contender(vanilla, single, vanilla_weights)
-                contenders["efficient"] = Contender(published, single)
-                contenders["multi-query"] = Contender(published, problem)
-            else:
-                contenders["published"] = Contender(published, problem)
-                if part == "stage" and not quick:
-                    torch._dynamo.reset()
-                    contenders["compiled"] = Contender(torch.compile(published, dynamic=False), problem)
-            wanted = {p: exact(p, dtype, machine.device) for p in {c.problem for c in contenders.values()}}
-            for backward in (False, True):
-                row = _row(machine, part, problem, dtype, contenders, wanted, backward)
-                if row is None:
-                    print(f"WRONG, not kept: relational_attention {part} {problem} {dtype}")
-                else:
-                    print(_line(row))
-                yield row
+def _transforms(part: str, problem: Problem) -> dict[str, Transform]:
+    """Who takes part; in "table1" others have the same features in one query of more channels."""
+    transforms = {"ours": Transform(ours, problem)}
+    if part == "table1":
+        single = replace(problem, queries=1, channels=problem.queries * problem.channels)
+        transforms["vanilla"] = Transform(vanilla, single, vanilla_weights)
+        transforms["efficient"] = Transform(published, single)
+        transforms["multi-query"] = Transform(published, problem)
+    else:
+        transforms["published"] = Transform(published, problem)
+    if part == "stage":
+        torch._dynamo.reset()
+        transforms["compiled"] = Transform(torch.compile(published, dynamic=False), problem)
+    return transforms
 
 
-def _errors(
-    contenders: dict[str, Contender],
-    wanted: dict[Problem, Weights],
-    backward: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, float]:
-    """Of each contender that can run; memory or a compiler may fail another than ours."""
-    errors = {}
-    for name, contender in contenders.items():
-        try:
-            found = contender.results(backward, dtype, device)
-        except Exception as error:
-            if name == "ours":
-                raise
-            print(f"not timed, {name} fails: {type(error).__name__}: {str(error).splitlines()[0]}")
-            continue
-        errors[name] = relative_error(found, wanted[contender.problem][: len(found)])
-    return errors
-
-
-def _row(
-    machine: Machine,
-    part: str,
-    problem: Problem,
-    dtype: torch.dtype,
-    contenders: dict[str, Contender],
-    wanted: dict[Problem, Weights],
-    backward: bool,
-) -> dict[str, Any] | None:
-    """Time the contenders that are right; None where ours is not."""
-    device = machine.device
-    # convolutions round float32 to TensorFloat-32 by default, which is not the precision that is compared here
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        errors = _errors(contenders, wanted, backward, dtype, device)
-        for name, error in errors.items():
-            if not error <= TOLERANCE[dtype]:
-                print(f"{name} has error {error:.2g} > {TOLERANCE[dtype]:g}: left out")
-        contenders = {name: c for name, c in contenders.items() if errors.get(name, math.inf) <= TOLERANCE[dtype]}
-        if "ours" not in contenders:
-            return None
-        sources = {name: rotated(lambda c=c: c.inputs(dtype, device), device) for name, c in contenders.items()}
-        calls = [lambda name=name, c=c: c.step(backward, *sources[name]()) for name, c in contenders.items()]
-        once = sum(map(machine.seconds, calls))
-        repeats = max(5, min(24, int(ROW_SECONDS[device.type] / once)))
-        seconds = dict(zip(contenders, machine.interleaved(calls, repeats), strict=True))
-        wall = seconds  # the CPU has one clock
-        if device.type == "cuda":
-            wall = dict(zip(contenders, machine.wall(calls, repeats), strict=True))
-        extra = {name: machine.extra_bytes(call) for name, call in zip(contenders, calls, strict=True)}
-    floor_bytes, operations = problem.floor_bytes(dtype.itemsize, backward), problem.operations(backward)
-    rate = machine.matrix_rate(dtype)
-    floor = max(floor_bytes / machine.bandwidth, operations / rate)
-    return {
-        "op": "relational_attention",
-        "part": part,
-        "mode": "forward+backward" if backward else "forward",
-        "shape": [problem.batch, problem.queries, problem.channels, *problem.size],
-        "batch": problem.batch,
-        "queries": {name: c.problem.queries for name, c in contenders.items()},
-        "channels": {name: c.problem.channels for name, c in contenders.items()},
-        "window": list(problem.window),
-        "taps": problem.taps,
-        "dtype": str(dtype)[6:],
-        "repeats": repeats,
-        "seconds": seconds,
-        "wall_seconds": wall,
-        "speedup": {name: seconds[name] / seconds["ours"] for name in contenders if name != "ours"},
-        "wall_speedup": {name: wall[name] / wall["ours"] for name in contenders if name != "ours"},
-        "floor_bytes": floor_bytes,
-        "operations": operations,
-        "matrix_rate": rate,
-        "floor_seconds": floor,
-        "of_floor": floor / seconds["ours"],
-        "of_matrix_rate": operations / seconds["ours"] / rate,
-        "extra_bytes": extra,
-        "less_memory": {name: extra[name] / max(extra["ours"], 1) for name in contenders if name != "ours"},
-        "errors": errors,
-    }
-
-
-def _line(row: dict[str, Any]) -> str:
-    ratios = ", ".join(f"{row['speedup'][n]:.2f}x {n} ({row['less_memory'][n]:.1f}x memory)" for n in row["speedup"])
-    return (
-        f"{row['part']:6} {row['mode']:17} {'x'.join(map(str, row['shape'])):17} M {row['taps']:3} {row['dtype']:9}"
-        f"{row['seconds']['ours'] * 1e3:9.3f} ms, {row['extra_bytes']['ours'] / 2**20:7.1f} MiB, {ratios}, "
-        f"{row['of_floor']:.0%} of the floor's speed, error {row['errors']['ours']:.0e}"
-    )
-
-
-# --- plot -----------------------------------------------------------------------------------------------------------
-
-
-def plot(files: Sequence[Path], out: Path) -> None:
-    """Draw time and memory against M and against the batch, a line of plots for every device in the rows of `files`.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: there are no rows of those parts.
-    """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('matplotlib is missing; pip install "dyreg-triton[viz]" has it') from error
-
-    sweeps = {"taps": "neighbours M of the window", "batch": "batch"}
-    rows: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}  # by device; of equal cells the last is kept
-    for line in (line for file in files for line in file.read_text().splitlines()):
-        row = json.loads(line)
-        if row.get("part") in sweeps:
-            cell = row["part"], row["mode"], row["dtype"], row[row["part"]]
-            rows.setdefault(row["device"], {})[cell] = row
-    if not rows:
-        raise ValueError(f"no rows of the parts {' and '.join(sweeps)} in {', '.join(map(str, files)) or 'no file'}")
-    with rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(14, 4 * len(rows)), layout="constrained")
-        axes = figure.subplots(len(rows), 4, squeeze=False)
-        for line_of_axes, (device, cells) in zip(axes, rows.items(), strict=True):
-            quantities = [(part, quantity) for part in sweeps for quantity in ("seconds", "extra_bytes")]
-            for ax, (part, quantity) in zip(line_of_axes, quantities, strict=True):
-                for name, color in (("ours", "#1b6ca8"), ("published", "#c8553d")):
-                    for mode, style in (("forward", "--"), ("forward+backward", "-")):
-                        _draw(ax, cells, part, quantity, name, mode, color, style)
-                ax.set(
-                    xlabel=sweeps[part],
-                    ylabel="milliseconds" if quantity == "seconds" else "peak memory, MiB",
-                    title=_title(device, part, cells),
-                    xlim=(0, None),
-                    ylim=(0, None),
-                )
-                ax.grid(alpha=0.3)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, format="svg", metadata={"Date": None})
-
-
-def _draw(
-    ax: Any,
-    cells: dict[tuple[Any, ...], dict[str, Any]],
-    part: str,
-    quantity: str,
-    name: str,
-    mode: str,
-    color: str,
-    style: str,
-) -> None:
-    scale = 1e3 if quantity == "seconds" else 2**-20
-    points = sorted(
-        (row[part], row[quantity][name] * scale)
-        for row in cells.values()
-        if row["part"] == part and row["mode"] == mode and name in row[quantity]
-    )
-    if points:
-        ax.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=4, label=f"{name}, {mode}")
-
-
-def _title(device: str, part: str, cells: dict[tuple[Any, ...], dict[str, Any]]) -> str:
-    row = next((row for row in cells.values() if row["part"] == part), None)
-    if row is None:
-        return device
-    batch, queries, channels, *size = row["shape"]
-    fixed = f"batch {batch}" if part == "taps" else f"M {row['taps']}"
-    return f"{device}, {row['dtype']}\nL {queries}, C {channels}, {'x'.join(map(str, size))}, {fixed}"
+def _rows(part: str, problem: Problem, dtype: torch.dtype, machine: Machine) -> Rows:
+    """Forward, then forward and backward."""
+    device, transforms = machine.device, _transforms(part, problem)
+    wanted = {p: exact(p, dtype, device) for p in {t.problem for t in transforms.values()}}
+    for backward in (False, True):
+        contenders = {name: t.contender(backward, wanted[t.problem], dtype, device) for name, t in transforms.items()}
+        about: Row = {
+            "suite": "relational",
+            "op": OP,
+            "part": part,
+            "label": problem.label,
+            "mode": "forward+backward" if backward else "forward",
+            "shape": [problem.batch, problem.queries, problem.channels, *problem.size],
+            "batch": problem.batch,
+            "queries": problem.queries,
+            "channels": problem.channels,
+            "window": list(problem.window),
+            "taps": problem.taps,
+        }
+        if part == "table1":
+            about["queries_of"] = {name: t.problem.queries for name, t in transforms.items()}
+            about["channels_of"] = {name: t.problem.channels for name, t in transforms.items()}
+        floor = Floor(problem.floor_bytes(dtype.itemsize, backward), problem.operations(backward))
+        row = compared(machine, contenders, about, dtype, floor, graphs=part == "small")
+        if row is not None:
+            print(line(row))
+        yield row

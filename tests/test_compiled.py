@@ -113,12 +113,10 @@ def test_the_table_covers_what_a_launch_may_choose():
 
 def test_the_reading_of_machine_code_sees_a_spill():
     """The check above can fail: tiles far too large do spill."""
-    from unittest import mock
-
     from dyreg_triton import tuning
 
     case = Case("gather_moments", 8, 9, 128, (14, 14))
-    with mock.patch.object(tuning, "region", return_value=tuning.Config(32, 64, 128, 2)):
+    with tuning.override(lambda *_: tuning.Config(32, 64, 128, 2)):
         codes = compiled.compile_case("sm_90", case)
         assert any(code.spills > 0 for code in codes)
         assert any("spills" in compiled.problems(case, code) for code in codes)
@@ -178,12 +176,12 @@ def test_the_relational_table_covers_what_a_launch_may_choose():
 
     choose, chosen = tuning.relational, set()
 
-    def note(kind, *args):
-        chosen.add((kind, choose(kind, *args)))
-        return choose(kind, *args)
+    def note(key, config):
+        chosen.add((key.kind, config))
+        return config
 
-    no_launch = mock.patch("dyreg_triton.ops.relational_launches.launch")
-    with mock.patch.object(tuning, "relational", note), no_launch, compiled.compiling("sm_90"):
+    no_launch = mock.patch("dyreg_triton.launch.Launch.__call__")
+    with compiled.compiling("sm_90"), tuning.override(note), no_launch:
         for case in relational.cases(everything=True):
             case.launch()
     tiles = {(kind, dataclasses.replace(config, splits=1, clips=1)) for kind, config in chosen}

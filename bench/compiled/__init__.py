@@ -7,22 +7,22 @@ compile; so each kernel is specialised exactly as a real launch would specialise
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
-import re
-import subprocess
-import tempfile
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
+
+from dyreg_triton import launch
+
+from .machine_code import Code, inspect
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -49,22 +49,6 @@ class _Driver:
         return 0
 
 
-@dataclass(frozen=True)
-class Code:
-    """What the machine code of one kernel says."""
-
-    kernel: str
-    target: str
-    registers: int
-    spills: int  # bytes on NVIDIA, registers on AMD
-    shared: int  # bytes
-    tensor_core: int  # matrix instructions
-    load_bytes: int  # widest load from global memory, per thread
-    narrowest: int  # narrowest load
-    store_bytes: int  # widest store to global memory, per thread
-    num_warps: int
-
-
 @contextlib.contextmanager
 def compiling(target: str) -> Iterator[list[Code]]:
     """Inside, launches on meta tensors compile for `target` and append their `Code` to the list."""
@@ -75,70 +59,19 @@ def compiling(target: str) -> Iterator[list[Code]]:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         if hasattr(compiled, "result"):
             compiled = compiled.result()
-        codes.append(inspect(compiled, target))
+        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        codes.append(dataclasses.replace(inspect(compiled, target), programs=math.prod(grid), given=given))
         return compiled
 
     former = driver._active
     driver.set_active(_Driver(target))
+    launch.forget()  # what was planned for another target
     try:
         with mock.patch.object(JITFunction, "run", compile_only):
             yield codes
     finally:
         driver._active = former
-
-
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def inspect(compiled: Any, target: str) -> Code:
-    """Read registers, spills, shared memory, matrix instructions and access widths."""
-    metadata = compiled.metadata
-    if TARGETS[target].backend == "hip":
-        text = compiled.asm["amdgcn"]
-
-        def field(name: str) -> int:
-            found = re.search(rf"\.{name}:\s*(\d+)", text)
-            return int(found.group(1)) if found else 0
-
-        registers, spills = field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
-        tensor_core = len(re.findall(r"v_mfma_", text))
-        widths = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "b128": 16}
-        pattern = r"(?:global|buffer)_{}_(\w+?)(?:_d16(?:_hi)?)?\s"
-        loads = [widths.get(w, 1) for w in re.findall(pattern.format("load"), text)]
-        stores = [widths.get(w, 1) for w in re.findall(pattern.format("store"), text)]
-    else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            usage = subprocess.run(
-                [_tool("cuobjdump"), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-            ).stdout
-            text = subprocess.run(
-                [_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True
-            ).stdout
-        registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
-        spills = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))  # type: ignore[union-attr]
-        tensor_core = len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)", text))
-
-        def access_bytes(modifiers: str) -> int:
-            bits = re.search(r"\.(128|64|U?16|U?8)\b", modifiers + " ")
-            return int(bits.group(1).lstrip("US")) // 8 if bits else 4
-
-        loads = [access_bytes(m) for m in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", text)]
-        stores = [access_bytes(m) for m in re.findall(r"\bSTG((?:\.\w+)*)", text)]
-    return Code(
-        kernel=metadata.name,
-        target=target,
-        registers=registers,
-        spills=spills,
-        shared=metadata.shared,
-        tensor_core=tensor_core,
-        load_bytes=max(loads, default=0),
-        narrowest=min(loads, default=0),
-        store_bytes=max(stores, default=0),
-        num_warps=metadata.num_warps,
-    )
+        launch.forget()
 
 
 DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 with torch's matmul precision at "high"
@@ -147,7 +80,9 @@ DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 with torch'
 class Case(Protocol):
     """One call of an op: what it launches, and what must be true of the code."""
 
-    dtype: str
+    @property
+    def dtype(self) -> str:
+        """One of DTYPES."""
 
     @property
     def may_spill(self) -> bool:

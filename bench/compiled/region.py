@@ -58,8 +58,8 @@ class RegionCase(NamedTuple):
         run = {"contiguous": height * width, "channels_last": self.channels, "sliced": 1}[self.layout]
         if self.layout == "contiguous" and (run <= config.block_p or self.channels == 1):
             run *= self.channels
-        tile = config.block_c * config.block_p * itemsize // (lanes * config.num_warps)
-        return min(math.gcd(16, run * itemsize), max(itemsize, tile))
+        share = config.block_c * min(config.block_p, height * width) * itemsize // (lanes * config.num_warps)
+        return min(math.gcd(16, run * itemsize), max(itemsize, 1 << max(share.bit_length() - 1, 0)))
 
     def launch(self) -> None:
         """Through the op's own host code, on meta tensors."""
