@@ -184,12 +184,14 @@ class Launch:
         programs: how many run.
         key: what its config was looked up by.
         static: its arguments after tensors and floats.
+        given: how many of its first arguments may be tensors of a user's; None: all. Those made for it are aligned.
         constants: its compile-time arguments by name, and launch options.
     """
 
-    __slots__ = ("_direct", "_tail", "constants", "kernel", "key", "programs", "static")
+    __slots__ = ("_direct", "_tail", "constants", "given", "kernel", "key", "programs", "static")
 
-    def __init__(self, kernel: Any, programs: int, key: Any, *static: Any, **constants: Any):
+    def __init__(self, kernel: Any, programs: int, key: Any, *static: Any, given: int | None = None, **constants: Any):
+        self.given = given
         self.kernel, self.programs, self.key, self.static = kernel, programs, key, static
         # said out loud, because a later Triton turns fused multiply-add off by default
         self.constants = {**constants, "enable_fp_fusion": True}
@@ -208,7 +210,7 @@ class Launch:
             self._launch(args)
 
     def _launch(self, args: tuple[Any, ...]) -> None:
-        for arg in args:
+        for arg in args[: self.given]:
             if type(arg) is not float and arg.data_ptr() & 15:
                 self.kernel[(self.programs,)](*args, *self.static, **self.constants)
                 return

@@ -14,18 +14,15 @@ from torch.nn import Parameter
 _PLAIN = (Tensor, Parameter)
 
 
-def _unobserved(args: tuple[Any, ...]) -> bool:
-    """Whether a call may go past torch's dispatcher, since nobody is there to see it: no compiler, tracer, mode,
-    transform, profiler or subclass of Tensor."""
-    if (
+def _observed() -> bool:
+    """Whether somebody sees calls at torch's dispatcher: a compiler, tracer, mode, transform or profiler."""
+    return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
-    ):
-        return False
-    return all(type(a) in _PLAIN for a in args if isinstance(a, Tensor))
+    )
 
 
 def signature(tensors: Iterable[Tensor | None], *options: Any) -> tuple | None:
@@ -36,11 +33,11 @@ def signature(tensors: Iterable[Tensor | None], *options: Any) -> tuple | None:
     found: list[Any] = [options]
     for t in tensors:
         if t is None:
-            found.append(None)
-        elif type(t) in _PLAIN and t.layout is torch.strided and not t.is_nested:
-            found.append((t.shape, t.dtype, t.device))
-        else:
+            found.append(t)
+        elif type(t) not in _PLAIN or t.is_nested:
             return None
+        else:
+            found.append((t.shape, t.dtype, t.device, t.layout))
     return tuple(found)
 
 
@@ -76,13 +73,15 @@ class Op:
         self.function = type(f"{implementation.__name__.strip('_')}_direct", (Function,), members)
 
     def __call__(self, *args: Any) -> Any:
-        if not _unobserved(args):
+        if _observed():
             return self.custom(*args)
-        if (
-            self.function is not None
-            and torch.is_grad_enabled()
-            and any(a.requires_grad for a in args if isinstance(a, Tensor))
-        ):
+        wanted = False
+        for a in args:
+            if isinstance(a, Tensor):
+                if type(a) not in _PLAIN:  # a subclass may see the call
+                    return self.custom(*args)
+                wanted = wanted or a.requires_grad
+        if wanted and self.function is not None and torch.is_grad_enabled():
             return self.function.apply(*args)
         return self.implementation(*args)
 

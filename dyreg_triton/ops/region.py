@@ -185,7 +185,7 @@ def _plan_gather(
     launch = _launch(
         region_gather, key, config, frames * c_blocks * -(-number // config.block_n), x, profile,
         channels, lead1, lead2, *layout.strides,
-        N=number, H=height, W=width, NODES=nodes, MOMENTS=v is not None,
+        given=3, N=number, H=height, W=width, NODES=nodes, MOMENTS=v is not None,
         PRECISION=precision(x), BLOCK_C=config.block_c, **layout.constants(),
     )  # fmt: skip
     return (

@@ -83,8 +83,11 @@ def _problem(*given: Any) -> Problem:
     return Problem._make([*tensors, 1.0 if normed else None])
 
 
+_GAP = 64  # elements after each packed tensor, which nothing writes: reading beyond one shows where memory is poisoned
+
+
 class _Packed(NamedTuple):
-    """What `relational_pack` makes; a tensor that is not there stands for one that is not read."""
+    """What `relational_pack` makes, flat; a tensor that is not there stands for one that is not read."""
 
     kn: Tensor
     vn: Tensor
@@ -99,19 +102,19 @@ def _programs(problem: Problem, block: int) -> int:
     return problem.q.shape[0] * -(-math.prod(problem.size) // block)
 
 
-def _pack(problem: Problem, plan: tuple[Launch, list[tuple[int, ...]], bool] | None = None) -> _Packed:
-    launch, shapes, scattered = plan or planned(_plan_pack, problem.signature(), problem.eps is not None)
+def _pack(problem: Problem, plan: tuple[Launch, list[int], bool] | None = None) -> _Packed:
+    launch, sizes, scattered = plan or planned(_plan_pack, problem.signature(), problem.eps is not None)
     q, k, v, h2, h1, p1, g, identity, eps = problem
     weights = [h1, p1, h2, g, identity]
     if scattered:
         weights = [t if t is None or t.dim() == 2 else t.flatten(-3) for t in weights]
-    packed = _Packed._make([q.new_empty(shape) for shape in shapes])
+    packed = _Packed._make(q.new_empty(sum(sizes)).split_with_sizes(sizes))  # one allocation: a third of the time
     launch(v if k is None else k, v, *[v if t is None else t for t in weights], *packed, eps or 0.0)
     return packed
 
 
-def _plan_pack(*tensors: Any) -> tuple[Launch, list[tuple[int, ...]], bool]:
-    """The launch, the shapes of what it makes, and whether the taps of a weight lie at no single stride."""
+def _plan_pack(*tensors: Any) -> tuple[Launch, list[int], bool]:
+    """The launch, the sizes of what it makes, and whether the taps of a weight lie at no single stride."""
     from ..kernels.relational import relational_pack
 
     problem = _problem(*tensors)
@@ -137,12 +140,13 @@ def _plan_pack(*tensors: Any) -> tuple[Launch, list[tuple[int, ...]], bool]:
         q.shape[0], problem.size, k_layout.strides, v_layout.strides,
         (0, 0, 0) if h1 is None else transposed(flat[0]), (0, 0) if p1 is None else p1.stride(), transposed(flat[1]),
         transposed(flat[2]), (0, 0) if identity is None else identity.stride(),
-        K_FORM=k_layout.form, V_FORM=v_layout.form, BLOCK_P=config.block_p, BLOCK_M=config.block_m,
+        given=7, K_FORM=k_layout.form, V_FORM=v_layout.form, BLOCK_P=config.block_p, BLOCK_M=config.block_m,
         num_warps=config.num_warps, **constants,
     )  # fmt: skip
     there = (k, v, h1, p1, h2, g, identity)
     scattered = any(t is not None and t._base is None for t in flat)
-    return launch, [shape if t is not None else (0,) for t, shape in zip(there, shapes, strict=True)], scattered
+    sizes = [0 if t is None else math.prod(shape) + _GAP for t, shape in zip(there, shapes, strict=True)]
+    return launch, sizes, scattered
 
 
 _EVERY = (
@@ -204,7 +208,7 @@ def _plan_forward(*tensors: Any) -> tuple[Any, ...]:
     launch = Launch(
         relational_forward, _programs(problem, config.block_p), key,
         problem.size, q_layout.strides, y_layout.strides,
-        Q_FORM=q_layout.form, Y_FORM=y_layout.form, SAVE=save, ORDER=config.order,
+        given=1, Q_FORM=q_layout.form, Y_FORM=y_layout.form, SAVE=save, ORDER=config.order,
         **problem.constants(*_EVERY), **_blocks(config, problem, 8, "BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK_E"),
     )  # fmt: skip
     return _plan_pack(*given), launch, *shapes
@@ -234,11 +238,17 @@ class _Part(NamedTuple):
     scales: Tensor
 
 
+def _rows(packed: Tensor, cells: slice, width: int) -> Tensor:
+    """The rows of some positions; none where nothing was packed."""
+    return packed[cells.start * width : cells.stop * width]
+
+
 def _parts(problem: Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor) -> Iterator[tuple[slice, _Part]]:
     """A few clips at a time, for which intermediate gradients exist."""
     packed = _pack(problem)
     clips, positions = problem.q.shape[0], math.prod(problem.size)
     step = tuning.config(problem.key("backward"), problem.q).clips
+    c_pad, e_pad = (_pad(n, 8) for n in (problem.channels[0], problem.channels[2]))
     for start in range(0, clips, step):
         some = slice(start, min(start + step, clips))
         part = problem
@@ -246,7 +256,7 @@ def _parts(problem: Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor) -> Iter
             cells = slice(some.start * positions, some.stop * positions)
             k = None if problem.k is None else problem.k[some]
             part = problem._replace(q=problem.q[some], k=k, v=problem.v[some])
-            packed_part = packed._replace(kn=packed.kn[cells], vn=packed.vn[cells])
+            packed_part = packed._replace(kn=_rows(packed.kn, cells, c_pad), vn=_rows(packed.vn, cells, e_pad))
             saved = dy[some], a_rows[some], z_rows[some] if problem.g is not None else z_rows
         else:
             packed_part, saved = packed, (dy, a_rows, z_rows)
@@ -332,11 +342,12 @@ def _plan_keys_and_values(dy: Tensor, dk: Tensor | None, dv: Tensor | None, *ten
     key = problem.key("pack")
     config = tuning.config(key, q)
     layouts = [clip_layout(v if t is None else t) for t in (k, v, dk, dv)]
+    names = ("K_FORM", "V_FORM", "DK_FORM", "DV_FORM")
+    forms: dict[str, Any] = {name: layout.form for name, layout in zip(names, layouts, strict=True)}
     unpack = Launch(
         relational_unpack, _programs(problem, config.block_p), key,
         problem.size, *(layout.strides for layout in layouts),
-        **{f"{name}_FORM": layout.form for name, layout in zip(("K", "V", "DK", "DV"), layouts, strict=True)},
-        **problem.constants("C", "E", "C_PAD", "E_PAD", "NORMED"),
+        **forms, **problem.constants("C", "E", "C_PAD", "E_PAD", "NORMED"),
         NEED_K=dk is not None, NEED_V=dv is not None, BLOCK_P=config.block_p, num_warps=config.num_warps,
     )  # fmt: skip
     folds = None if dk is None else _plan_fold_keys(problem), None if dv is None else _plan_fold_values(problem, dy)

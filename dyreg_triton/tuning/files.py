@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -193,5 +194,7 @@ def merge(path: Path, gpu: Gpu, entries: Mapping[Key, Entry]) -> None:
                 lost = [str(reason)]
             if lost:
                 report(path, f"{lost[0]}; it is kept as {path.name}.unusable")
-                os.replace(path, f"{path}.unusable")
+                partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+                shutil.copyfile(path, partial)  # what can be used of it stays in its place meanwhile
+                os.replace(partial, f"{path}.unusable")
         write(path, gpu, {**former, **entries})

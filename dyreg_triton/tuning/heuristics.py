@@ -19,11 +19,12 @@ class Config:
     registers: int | None = None  # the most that a thread may have, on NVIDIA; None leaves it to the compiler
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name == "registers":
-                continue
-            if value <= 0 or value & (value - 1):
-                raise ValueError(f"Config: {name} is {value!r}; accepted is a power of two")
+        for name, most in (("block_n", 1 << 30), ("block_c", 1 << 30), ("block_p", 1 << 30), ("num_warps", 32)):
+            value = getattr(self, name)
+            if not 0 < value <= most or value & (value - 1):
+                raise ValueError(f"Config: {name} is {value!r}; accepted is a power of two up to {most}")
+        if self.registers is not None and not 0 < self.registers <= 255:
+            raise ValueError(f"Config: registers is {self.registers!r}; accepted are 1 to 255, and None")
 
 
 def _power_of_two(n: int) -> int:
@@ -58,7 +59,7 @@ class RelationalConfig:
         most = {"block_m": 32}
         powers = {
             **{name: getattr(self, name) for name in least if name != "num_stages"},
-            "plane": math.prod(self.plane),
+            "plane": math.prod(self.plane) if min(self.plane) > 0 else 0,
         }
         for name, value in powers.items():
             low, high = least.get(name, 1), most.get(name, 1024)
@@ -68,7 +69,7 @@ class RelationalConfig:
                     f"from {low} to {high}"
                 )
         for name in ("splits", "clips", "num_stages"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"RelationalConfig: {name} is {getattr(self, name)!r}; accepted is an integer > 0")
         if self.order not in ("first", "second"):
             raise ValueError(f"RelationalConfig: order is {self.order!r}; accepted are 'first' and 'second'")

@@ -22,7 +22,7 @@ from .keys import Key
 from .rooms import ROOMS
 
 generation = 0  # of plans: what was planned before it changed is not used after
-_explicit: list[Path | None] = []  # innermost last
+_explicit: Path | None = None
 _files: dict[Gpu, list[tuple[str, Path, dict[Key, Entry]]]] = {}
 _found: dict[tuple[Key, torch.device], Any] = {}
 _overrides: list[Callable[[Key, Any], Any]] = []  # innermost last
@@ -77,30 +77,30 @@ class use:  # lower case because it is used as `with dt.tuning.use(path):`
         self.path = None if path is None else Path(path).absolute()
         if self.path is not None and not self.path.is_file():
             raise ValueError(f"use: path is {str(path)!r}; accepted is a tuning file; this is none")
+        self._formers = [_explicit]  # what to go back to, innermost last
         self._entered = False
-        self._set()
-
-    def _set(self) -> None:
-        _explicit.append(self.path)
-        forget()
+        _set(self.path)
 
     def __enter__(self) -> use:
-        if self._entered:
-            self._set()
+        if self._entered or _explicit is not self.path:  # the constructor's setting is over
+            self._formers.append(_explicit)
+            _set(self.path)
         self._entered = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        for i in reversed(range(len(_explicit))):
-            if _explicit[i] is self.path:
-                del _explicit[i]
-                break
-        forget()
+        _set(self._formers.pop())
+
+
+def _set(path: Path | None) -> None:
+    global _explicit
+    _explicit = path
+    forget()
 
 
 def _explicit_file() -> Path | None:
-    if _explicit:
-        return _explicit[-1]
+    if _explicit is not None:
+        return _explicit
     named = os.environ.get("DYREG_TRITON_TUNING")
     return Path(named).absolute() if named else None
 
@@ -110,14 +110,16 @@ def _sources(gpu: Gpu) -> list[tuple[str, Path, dict[Key, Entry]]]:
     if gpu not in _files:
         explicit = _explicit_file()
         candidates = [("explicit", explicit)] if explicit is not None else []
-        candidates += [("user", user_file(gpu)), ("packaged", packaged_file(gpu))]
+        with contextlib.suppress(RuntimeError):  # a user without a home has no file there
+            candidates.append(("user", user_file(gpu)))
+        candidates.append(("packaged", packaged_file(gpu)))
         found = []
         for source, path in candidates:
-            if source == "explicit" or path.is_file():
-                try:
+            try:
+                if source == "explicit" or path.is_file():
                     found.append((source, path, read(path, gpu, packaged=source == "packaged")))
-                except Unusable as reason:
-                    report(path, str(reason))
+            except (Unusable, OSError) as reason:  # OSError: a folder that may not be read
+                report(path, str(reason))
         _files[gpu] = found
     return _files[gpu]
 
