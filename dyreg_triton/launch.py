@@ -212,16 +212,25 @@ class Launch:
     def _launch(self, args: tuple[Any, ...]) -> None:
         for arg in args[: self.given]:
             if type(arg) is not float and arg.data_ptr() & 15:
-                self.kernel[(self.programs,)](*args, *self.static, **self.constants)
+                self._by_triton(args)
                 return
         if self._direct is not None:
             self._direct(*args, *self._tail)
             return
-        compiled = self.kernel[(self.programs,)](*args, *self.static, **self.constants)
+        compiled = self._by_triton(args)
         if getattr(compiled, "module", None) is not None:  # it has run: neither interpreted nor compiled only
             named = self.kernel.arg_names[len(args) + len(self.static) :]
             self._tail = (*self.static, *(self.constants[name] for name in named))
             self._direct = compiled[(self.programs, 1, 1)]
+
+    def _by_triton(self, args: tuple[Any, ...]) -> Any:
+        try:
+            return self.kernel[(self.programs,)](*args, *self.static, **self.constants)
+        except Exception as error:
+            # Triton's, before anything runs
+            if type(error).__name__ == "OutOfResources" and lookup.reject(self.key, args[0].device, error):
+                raise lookup.Unfit(str(error)) from error
+            raise
 
 
 _watchers: list[Callable[[Launch, tuple[Any, ...]], None]] = []

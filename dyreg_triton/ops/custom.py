@@ -3,6 +3,7 @@ transforms it refuses."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
+
+from ..tuning.lookup import Unfit
 
 _PLAIN = (Tensor, Parameter)
 
@@ -41,6 +44,20 @@ def signature(tensors: Iterable[Tensor | None], *options: Any) -> tuple | None:
     return tuple(found)
 
 
+def _launched(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """`implementation`, begun again where a config turned out not to fit: what it makes is its own."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return implementation(*args, **kwargs)
+            except Unfit:  # once for each config
+                continue
+
+    return run
+
+
 class Op:
     """A custom op of torch, which goes past torch's dispatcher where it can: that takes a third of the host's time.
 
@@ -48,7 +65,7 @@ class Op:
     """
 
     def __init__(self, name: str, implementation: Callable[..., Any]):
-        self.implementation = implementation
+        self.implementation = implementation = _launched(implementation)
         self.custom = torch.library.custom_op(f"dyreg_triton::{name}", implementation, mutates_args=())
         self.function: type[Function] | None = None
 

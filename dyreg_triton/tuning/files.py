@@ -55,9 +55,9 @@ def packaged_file(gpu: Gpu) -> Path:
 
 
 @functools.cache
-def report(path: Path, reason: str) -> None:
+def report(path: Path, reason: str, part: str = "") -> None:
     """Warn, once a process, that a file or a part of it is ignored."""
-    warnings.warn(f"dyreg_triton: tuning file {path} is ignored: {reason}", stacklevel=2)
+    warnings.warn(f"dyreg_triton: tuning file {path}{part} is ignored: {reason}", stacklevel=2)
 
 
 def _release(version: object) -> str:

@@ -25,6 +25,7 @@ generation = 0  # of plans: what was planned before it changed is not used after
 _explicit: Path | None = None
 _files: dict[Gpu, list[tuple[str, Path, dict[Key, Entry]]]] = {}
 _found: dict[tuple[Key, torch.device], Any] = {}
+_unfit: set[tuple[Key, torch.device]] = set()
 _overrides: list[Callable[[Key, Any], Any]] = []  # innermost last
 
 
@@ -56,7 +57,12 @@ def _renew() -> None:
 def forget() -> None:
     """Read all files anew at the next lookup."""
     _files.clear()
+    _unfit.clear()
     _renew()
+
+
+class Unfit(Exception):
+    """A config of a file needs more than the GPU has, and is out of use from now on: launch again."""
 
 
 class use:  # lower case because it is used as `with dt.tuning.use(path):`
@@ -150,11 +156,28 @@ def config(key: Key, tensor: Tensor) -> Any:
     """The config for a launch on `tensor`."""
     found = _found.get((key, tensor.device))
     if found is None:
-        found = origin(key, tensor.device).config
+        if (key, tensor.device) in _unfit:
+            found = ROOMS[key.op].default(key, family(tensor.device))
+        else:
+            found = origin(key, tensor.device).config
         for choose in _overrides:
             found = choose(key, found)
         _found[key, tensor.device] = found
     return found
+
+
+def reject(key: Key, device: torch.device, reason: Exception) -> bool:
+    """Put the config of a file that cannot be launched out of use, and report it; False where it came from elsewhere.
+
+    A nearest key's config was measured on another problem, and a packaged one with another compiler.
+    """
+    found = origin(key, device)
+    if _overrides or found.path is None or (key, device) in _unfit:
+        return False
+    report(found.path, f"it does not fit {key}: {reason}", f", its config for {found.key},")
+    _unfit.add((key, device))
+    _renew()
+    return True
 
 
 @contextlib.contextmanager
