@@ -58,7 +58,8 @@ class Summary(NamedTuple):
     refused: int
 
 
-def _known(path: Path, gpu: Gpu) -> dict[Key, Entry]:
+def known(path: Path, gpu: Gpu) -> dict[Key, Entry]:
+    """What the file at `path` holds that can be used."""
     try:
         return read(path, gpu)
     except Unusable:  # none yet, or one that `merge` will move aside
@@ -132,11 +133,10 @@ def run(
         RuntimeError: a default is refused; after all other jobs.
     """
     path = Path(path)
-    known = {} if again else _known(path, gpu)
-    skipped = [job.key for job in jobs if job.key in known and known[job.key].complete]
-    todo = [job for job in jobs if job.key not in known] + [
-        job for job in jobs if job.key in known and not known[job.key].complete
-    ]
+    former = {} if again else known(path, gpu)
+    skipped = [job.key for job in jobs if job.key in former and former[job.key].complete]
+    todo = [job for job in jobs if job.key not in former]
+    todo += [job for job in jobs if job.key in former and not former[job.key].complete]
     start, refused = clock(), 0
     tuned: list[Key] = []
     kept: list[Key] = []
@@ -157,8 +157,8 @@ def run(
                 elapsed = clock() - start
                 by_rate = elapsed / done * (len(todo) - done) if done else None
                 by_budget = None if budget is None else max(budget - elapsed, 0.0)
-                known_ends = [end for end in (by_rate, by_budget) if end is not None]
-                progress(Progress(done, len(todo), key, elapsed, min(known_ends, default=None)))
+                ends = [end for end in (by_rate, by_budget) if end is not None]
+                progress(Progress(done, len(todo), key, elapsed, min(ends, default=None)))
 
         step()
         search = _Search(job, over, step)

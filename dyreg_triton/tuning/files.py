@@ -185,6 +185,7 @@ def merge(path: Path, gpu: Gpu, entries: Mapping[Key, Entry]) -> None:
 
     A file of which anything cannot be used any more is kept beside it as PATH.unusable.
     """
+    path = Path(path)
     with _locked(path):
         former: dict[Key, Entry] = {}
         if path.exists():

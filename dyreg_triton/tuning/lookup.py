@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,18 +138,21 @@ def origin(key: Key, device: torch.device | str) -> Origin:
 
 def origin_on(key: Key, gpu: Gpu, family: str) -> Origin:
     """`origin` on a GPU that need not be here."""
-    room = ROOMS[key.op]
     files = _sources(gpu)
     for source, path, entries in files:
         if key in entries:
             return Origin(entries[key].config, source, path, key, entries[key])
-    similar = room.similar(key)
     for source, path, entries in files:
-        near = [k for k in entries if k[:3] == key[:3] and room.similar(k) == similar]
-        if near:
-            nearest = min(near, key=lambda k: (key.distance(k), str(k)))
-            return Origin(room.fitted(entries[nearest].config, key), source, path, nearest, entries[nearest])
-    return Origin(room.default(key, family), "heuristic")
+        for near in by_distance(key, entries)[:1]:
+            return Origin(ROOMS[key.op].fitted(entries[near].config, key), source, path, near, entries[near])
+    return Origin(ROOMS[key.op].default(key, family), "heuristic")
+
+
+def by_distance(key: Key, entries: Mapping[Key, Entry]) -> list[Key]:
+    """The keys whose configs `key` could take over, the nearest first."""
+    similar = ROOMS[key.op].similar
+    near = [k for k in entries if k[:3] == key[:3] and similar(k) == similar(key)]
+    return sorted(near, key=lambda k: (key.distance(k), str(k)))
 
 
 def config(key: Key, tensor: Tensor) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 from ..gpu import family, gpu_of
 from ..validate import what
 from .calls import DTYPES, PRESETS, TunedCall, load, preset
-from .engine import Progress, Refused, Summary, run
-from .files import user_file
+from .engine import Progress, Refused, Summary, known, run
+from .files import Entry, user_file
 from .keys import ELEMENTS, Key
-from .lookup import forget, override
+from .lookup import by_distance, forget, override
 from .problems import Running, case_of, keys_of
 from .rooms import ROOMS
 
@@ -32,17 +32,37 @@ _MOST = {"region": 32, "relational": 2}
 class KernelJob:
     """One kernel of a call: tries configs of it in the op itself, whose other kernels have their defaults.
 
-    `running` gives the call at full size on the device.
+    `running` gives the call at full size on the device, `known` what was found so far.
     """
 
-    def __init__(self, call: TunedCall, key: Key, device: torch.device, timer: Timer, running: Callable[[], Running]):
-        self.call, self.key, self.device, self.timer, self.running = call, key, device, timer, running
+    def __init__(
+        self,
+        call: TunedCall,
+        key: Key,
+        device: torch.device,
+        timer: Timer,
+        running: Callable[[], Running],
+        known: Callable[[], Mapping[Key, Entry]],
+    ):
+        self.call, self.key, self.device, self.timer, self.running, self.known = (
+            call,
+            key,
+            device,
+            timer,
+            running,
+            known,
+        )
         self.room = ROOMS[key.op]
         self.default = self.room.default(key, family(device))
 
     def neighbours(self, config: Any) -> Sequence[Any]:
-        """One step away."""
-        return list(self.room.steps(config, self.key))
+        """One step away; from the default first what two similar problems gained by."""
+        steps = list(self.room.steps(config, self.key))
+        if config != self.default:
+            return steps
+        entries = {key: entry for key, entry in self.known().items() if entry.config != entry.default}
+        others = [self.room.fitted(entries[key].config, self.key) for key in by_distance(self.key, entries)[:2]]
+        return [*(other for other in others if other != config), *steps]
 
     def _with(self, config: Any) -> AbstractContextManager[None]:
         def choose(key: Key, _: Any) -> Any:
@@ -163,11 +183,10 @@ def tune(
     chosen = usable_device(device)
     if timer is None and chosen.type != "cuda":
         raise RuntimeError(f"tune: on {chosen} kernels are interpreted, whose time says nothing; give a timer")
-    target = Path(path) if path is not None else user_file(gpu_of(chosen))
-    summary = run(
-        _jobs(wanted, chosen, timer or device_timer(chosen)), target, gpu_of(chosen), budget=budget, again=again,
-        progress=progress,
-    )  # fmt: skip
+    gpu = gpu_of(chosen)
+    target = Path(path) if path is not None else user_file(gpu)
+    jobs = _jobs(wanted, chosen, timer or device_timer(chosen), lambda: known(target, gpu))
+    summary = run(jobs, target, gpu, budget=budget, again=again, progress=progress)
     forget()
     return summary
 
@@ -204,7 +223,9 @@ def room_of(op: str) -> str:
     return op.partition("_")[0]
 
 
-def _jobs(calls: Sequence[TunedCall], device: torch.device, timer: Timer) -> list[KernelJob]:
+def _jobs(
+    calls: Sequence[TunedCall], device: torch.device, timer: Timer, known: Callable[[], Mapping[Key, Entry]]
+) -> list[KernelJob]:
     """A job for every key, of the first call that has it; the tensors of one call at a time are there."""
     jobs: dict[Key, KernelJob] = {}
     held: dict[int, Running] = {}
@@ -217,5 +238,5 @@ def _jobs(calls: Sequence[TunedCall], device: torch.device, timer: Timer) -> lis
             return held[i]
 
         for key in keys_of(call, family(device)):
-            jobs.setdefault(key, KernelJob(call, key, device, timer, running))
+            jobs.setdefault(key, KernelJob(call, key, device, timer, running, known))
     return list(jobs.values())
