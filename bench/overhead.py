@@ -37,6 +37,7 @@ OPS = ("region_kernel", *region.OPS, relational.OP)
 DTYPE = torch.float32
 MODES = ("forward", "forward with gradient", "backward")
 GOAL = {"forward with gradient": 25e-6}  # seconds
+LEAST = 10  # batches, at least
 BATCH = 20  # calls between two drains: all their launches fit a GPU's queue
 SECONDS = 0.3  # to spend on a row's times, and again on its samples
 REGIONS = region.Problem(4, 64, 14, 14)
@@ -178,6 +179,7 @@ def _row(
         "dtype": name_of(DTYPE),
         "host_seconds": {contender: t.median for contender, t in times.items()},
         "host_spread": {contender: [t.lower, t.upper] for contender, t in times.items()},
+        "repeats": LEAST,
         "launches": launches,
         "goal_seconds": GOAL.get(mode),
         "spent": spent,
@@ -243,7 +245,7 @@ def host_times(call: Callable[[], Any], drain: Callable[[], None], seconds: floa
         return taken / BATCH
 
     once = min(batch() for _ in range(3))
-    return Times.of([batch() for _ in range(max(10, int(seconds / (once * BATCH))))])
+    return Times.of([batch() for _ in range(max(LEAST, int(seconds / (once * BATCH))))])
 
 
 # The innermost frame that is at one of these places says what a sample was spent on: part of a file's path, and

@@ -137,6 +137,7 @@ def compared(
         "of_floor": least / ours,
         "of_matrix_rate": floor.operations / ours / rate,
         "extra_bytes": extra,
+        "output_bytes": sum(t.numel() * t.element_size() for t in right["ours"].step(*right["ours"].inputs)),
         "less_memory": {name: extra[name] / max(extra["ours"], 1) for name in right if name != "ours"},
         "errors": {name: error if math.isfinite(error) else None for name, error in errors.items()},
         "tolerance": TOLERANCE[dtype],
