@@ -98,13 +98,14 @@ _good: dict[tuple, list[str]] = {}  # calls that passed the checks, and what of 
 def _checked(tensors: dict[str, Any], eps: Any) -> list[str]:
     """Check a call, unless one like it was good before; the sizes that are beyond the kernels, in words."""
     call = signature(tensors.values(), type(eps), eps) if eps is None or type(eps) in (float, int) else None
-    if call is not None and call in _good and not autocast_is_on(tensors["q"].device.type):
-        return _good[call]
+    known = None if call is None else _good.get(call)
+    if known is not None:
+        return known
     relational_arguments("relational_attention", tensors, eps)
     given = Problem(**tensors, eps=eps)
     sizes = dict(zip("LCDEFM", (given.q.shape[1], *given.channels, given.taps), strict=True))
     beyond = [f"{letter} = {size}" for letter, size in sizes.items() if size > tuning.RELATIONAL_LIMIT[letter]]
-    if call is not None and not autocast_is_on(given.q.device.type):
+    if call is not None and not autocast_is_on(given.q.device.type):  # under autocast dtypes may differ
         if len(_good) >= 4096:
             _good.clear()
         _good[call] = beyond
