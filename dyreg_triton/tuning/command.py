@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser, factory: Any, shape: Any, dev
         "--dtype", nargs="+", choices=DTYPES[:3], help="of the presets (bfloat16 float32), or of the model (its own)"
     )
     parser.add_argument("--budget", type=seconds, metavar="5m", help="stop after this long (no limit)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes that compile ahead (one for each core but one)"
+    )
     parser.add_argument("--device", type=device, help="where to measure (cuda)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the tuning file (the user's, which lookups read)")
     parser.add_argument("--again", action="store_true", help="measure again what the file already holds")
@@ -72,7 +75,8 @@ def main(options: argparse.Namespace, model: Callable[[str], Any]) -> int:
     try:
         summary = tuning.tune(
             calls, shapes=options.shapes, ops=options.ops, dtypes=options.dtype or ("bfloat16", "float32"),
-            budget=options.budget, path=path, device=device, again=options.again, progress=_bar(sys.stderr),
+            budget=options.budget, path=path, device=device, again=options.again,
+            jobs=options.jobs, progress=_bar(sys.stderr),
         )  # fmt: skip
     except KeyboardInterrupt:
         print(

@@ -14,6 +14,7 @@ import torch
 
 from ..gpu import family, gpu_of
 from ..validate import what
+from .ahead import Compilers
 from .calls import DTYPES, PRESETS, TunedCall, load, preset
 from .engine import Progress, Refused, Summary, known, run
 from .files import Entry, user_file
@@ -43,26 +44,25 @@ class KernelJob:
         timer: Timer,
         running: Callable[[], Running],
         known: Callable[[], Mapping[Key, Entry]],
+        compilers: Compilers | None = None,
     ):
-        self.call, self.key, self.device, self.timer, self.running, self.known = (
-            call,
-            key,
-            device,
-            timer,
-            running,
-            known,
-        )
+        self.call, self.key, self.device, self.timer = call, key, device, timer
+        self.running, self.known, self.compilers = running, known, compilers
         self.room = ROOMS[key.op]
         self.default = self.room.default(key, family(device))
 
     def neighbours(self, config: Any) -> Sequence[Any]:
         """One step away; from the default first what two similar problems gained by."""
         steps = list(self.room.steps(config, self.key))
-        if config != self.default:
-            return steps
-        entries = {key: entry for key, entry in self.known().items() if entry.config != entry.default}
-        others = [self.room.fitted(entries[key].config, self.key) for key in by_distance(self.key, entries)[:2]]
-        return [*(other for other in others if other != config), *steps]
+        if config == self.default:
+            entries = {key: entry for key, entry in self.known().items() if entry.config != entry.default}
+            others = [self.room.fitted(entries[key].config, self.key) for key in by_distance(self.key, entries)[:2]]
+            steps = [*(other for other in others if other != config), *steps]
+        if self.compilers is not None:
+            self.compilers.drop(self.key)
+            for step in steps:
+                self.compilers.begin(self.call, self.key, step)
+        return steps
 
     def _with(self, config: Any) -> AbstractContextManager[None]:
         def choose(key: Key, _: Any) -> Any:
@@ -83,6 +83,8 @@ class KernelJob:
         from ..testing import check_call
 
         op = self.call.op
+        if self.compilers is not None:
+            self.compilers.wait(self.key, config)
         try:
             with self._with(config), backend("triton"):
                 check_call(
@@ -151,6 +153,7 @@ def tune(
     path: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     again: bool = False,
+    jobs: int | None = None,
     timer: Timer | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
@@ -170,6 +173,8 @@ def tune(
         path: the file; None: the user's, which lookups read.
         device: CUDA, or the CPU under Triton's interpreter; None: "cuda".
         again: also what the file already holds.
+        jobs: processes that compile ahead, which is what tuning waits for; 0: none; None: one for each core but one, up
+            to 16, where the device's clock is the timer.
         timer: from a function that launches the kernel to seconds; None: the device's clock.
         progress: called as it goes.
 
@@ -180,15 +185,23 @@ def tune(
     wanted = _calls(calls, shapes, ops, dtypes)
     if budget is not None and (type(budget) not in (int, float) or not 0 < budget < math.inf):
         raise ValueError(f"tune: budget is {what(budget)}; accepted is a number of seconds > 0, or None")
+    if jobs is not None and (type(jobs) is not int or not 0 <= jobs <= 256):
+        raise ValueError(f"tune: jobs is {what(jobs)}; accepted is a number of processes from 0 to 256, or None")
     chosen = usable_device(device)
     if timer is None and chosen.type != "cuda":
         raise RuntimeError(f"tune: on {chosen} kernels are interpreted, whose time says nothing; give a timer")
     gpu = gpu_of(chosen)
     target = Path(path) if path is not None else user_file(gpu)
-    jobs = _jobs(wanted, chosen, timer or device_timer(chosen), lambda: known(target, gpu))
-    summary = run(jobs, target, gpu, budget=budget, again=again, progress=progress)
-    forget()
-    return summary
+    if jobs is None:
+        jobs = min(16, max((os.cpu_count() or 1) - 1, 0)) if timer is None else 0
+    compilers = Compilers(chosen, jobs) if jobs else None
+    try:
+        searches = _jobs(wanted, chosen, timer or device_timer(chosen), lambda: known(target, gpu), compilers)
+        return run(searches, target, gpu, budget=budget, again=again, progress=progress)
+    finally:
+        if compilers is not None:
+            compilers.close()
+        forget()
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
@@ -224,7 +237,11 @@ def room_of(op: str) -> str:
 
 
 def _jobs(
-    calls: Sequence[TunedCall], device: torch.device, timer: Timer, known: Callable[[], Mapping[Key, Entry]]
+    calls: Sequence[TunedCall],
+    device: torch.device,
+    timer: Timer,
+    known: Callable[[], Mapping[Key, Entry]],
+    compilers: Compilers | None,
 ) -> list[KernelJob]:
     """A job for every key, of the first call that has it; the tensors of one call at a time are there."""
     jobs: dict[Key, KernelJob] = {}
@@ -238,5 +255,7 @@ def _jobs(
             return held[i]
 
         for key in keys_of(call, family(device)):
-            jobs.setdefault(key, KernelJob(call, key, device, timer, running, known))
+            jobs.setdefault(key, KernelJob(call, key, device, timer, running, known, compilers))
+            if compilers is not None:  # the first begins to compile the call's other kernels too
+                compilers.begin(call, key, jobs[key].default, default=True)
     return list(jobs.values())
