@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # What a bare GPU machine without network can tell about this checkout: its environment, the test suite on CUDA, a
-# memory sanitizer over every kernel, and the benchmark of every op. Leaves DIR/gpu.log and DIR/gpu.jsonl, and in them
-# whatever there is when a step fails or runs out of time; the next step runs all the same.
+# memory sanitizer over every kernel, the launch configs that are fastest there, the benchmark of every op with them,
+# and a report of it. A step that fails or runs out of time leaves what it has; the next one runs all the same.
 #
 #     bash bench/gpu.sh [--dry-run] [--out DIR] [--budget SECONDS]
 #
-# --dry-run walks the same steps on the CPU, over a subset of the tests and the quick benchmark.
-# Environment: PYTHON (python3), WHEELS (wheels, filled by `make gpu-wheels`), and STEP_ENVIRONMENT, STEP_SUITE,
-# STEP_SANITIZER, STEP_BENCH: a command line to run in place of a step's own.
+# Into DIR (out/gpu), in place of a former run's: gpu.log, what was said; tuning.json, what was tuned, as
+# `dt.tuning.use` takes it; gpu.jsonl, what was measured, one row a line; REPORT.md with plots/, and report.html.
+# --budget is for all steps together (540).
+# --dry-run walks the same steps on the CPU: over a subset of the tests, a tuning by the interpreter's own time, and the
+# quick benchmark.
+# Environment: PYTHON (python3); WHEELS (wheels, filled by `make gpu-wheels`); TUNED, a tuning file to go on from; and
+# STEP_ENVIRONMENT, STEP_SUITE, STEP_SANITIZER, STEP_TUNE, STEP_BENCH, STEP_REPORT: a command line to run in place of a
+# step's own. It finds its seconds in STEP_LIMIT, and the files in TUNING, JSONL and RESULTS.
 # Exit status: 0 when no step failed (a skipped one has not), 1 when one did, 2 when nothing could start.
 set -uo pipefail
 
@@ -37,16 +42,24 @@ done
 # Paths as the caller meant them, before the directory changes; and the interpreter itself rather than a wrapper script,
 # since the sanitizer watches the process that it starts.
 PYTHON=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)') || { echo "gpu.sh: no Python" >&2; exit 2; }
+if [[ -n ${TUNED:-} ]]; then
+  [[ -f $TUNED ]] || { echo "gpu.sh: TUNED is $TUNED; accepted is a tuning file" >&2; exit 2; }
+  TUNED=$(realpath "$TUNED")
+fi
 mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$root" || exit 2
 WHEELS=${WHEELS:-wheels}
 DEPS=$(mktemp -d) || exit 2
 log=$out/gpu.log
+RESULTS=$out
 JSONL=$out/gpu.jsonl
-export PYTHON WHEELS DEPS JSONL
+TUNING=$out/tuning.json
+export PYTHON WHEELS DEPS RESULTS JSONL TUNING
 export PYTHONPATH="$PWD:$DEPS${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 # what was printed before a crash or a kill must be in the log
-unset TRITON_INTERPRET
-rm -f "$log" "$JSONL"
+unset TRITON_INTERPRET DYREG_TRITON_TUNING
+[[ -n ${TUNED:-} ]] && { cp "$TUNED" "$DEPS/tuned" || exit 2; } # it may be one of the files that are removed now
+rm -f "$log" "$JSONL" "$TUNING" "$out/REPORT.md" "$out/report.html"
+[[ -n ${TUNED:-} ]] && cp "$DEPS/tuned" "$TUNING"
 
 say() { echo "$*" | tee -a "$log"; }
 
@@ -65,12 +78,13 @@ finish() {
   ((${#table[@]})) && say "$(printf '%s\n' "${table[@]}")"
   say "$(printf '%-14s %7d  %s' total $((SECONDS - began)) "log: $log")"
   if [[ -s $JSONL ]]; then say "$(wc -l <"$JSONL") results: $JSONL"; else say "no results"; fi
-  rm -rf "$DEPS"
+  rm -rf "$DEPS" "$TUNING.lock"
 }
 trap finish EXIT
 
 # step NAME WEIGHT COMMAND: a step may take its weight's share of the time that is left, so that what one does not use
-# falls to the next. A command that exits 77 has been skipped, and its last line says why.
+# falls to the next. STEP_LIMIT tells the command its share. One that exits 77 has been skipped, and its last line says
+# why.
 step() {
   local name=$1 weight=$2 command=$3 start=$SECONDS before rc status
   local limit=$(((deadline - SECONDS) * weight / weights_left))
@@ -80,7 +94,8 @@ step() {
   say "=== $name (at most $limit s)"
   before=$(wc -l <"$log")
   { # the outer redirection is for the shell's own word on a killed child
-    timeout --signal=INT --kill-after=$grace "$limit" bash -c "trap 'exit 130' INT; $command" >>"$log" 2>&1 </dev/null
+    STEP_LIMIT=$limit timeout --signal=INT --kill-after=$grace "$limit" \
+      bash -c "trap 'exit 130' INT; $command" >>"$log" 2>&1 </dev/null
   } 2>/dev/null
   rc=$?
   case $rc in
@@ -106,7 +121,7 @@ dependencies() {
 import importlib.metadata
 import importlib.util
 
-# What one package needs comes with it: the ones already there may be too old for it.
+# What the first of each needs comes with it: the ones already there may be too old for it.
 GROUPS = (
     ("pytest", "pluggy", "iniconfig", "packaging", "pygments"),
     ("xdist", "execnet"),
@@ -116,6 +131,7 @@ GROUPS = (
     ("pillow",),
     ("tqdm",),
     ("mlxtend",),
+    ("matplotlib", "contourpy", "cycler", "fonttools", "kiwisolver", "pyparsing", "python_dateutil", "six"),
 )
 MODULES = {"pillow": "PIL"}
 FILES = {"xdist": "pytest_xdist"}
@@ -129,7 +145,7 @@ def version(package):
 
 
 for group in GROUPS:
-    lacks = any(importlib.util.find_spec(MODULES.get(name, name)) is None for name in group)
+    lacks = importlib.util.find_spec(MODULES.get(group[0], group[0])) is None
     if group == ("numpy",) and version("triton") and version("numpy"):
         lacks = lacks or (version("triton") < (3, 7) and version("numpy") >= (2, 4))
     if lacks:
@@ -193,22 +209,77 @@ sanitizer() {
   return "$rc"
 }
 
-bench() {
-  if [[ $DRY_RUN == 1 ]]; then
-    "$PYTHON" -m bench run all --quick --out "$JSONL"
-  else
-    "$PYTHON" -m bench run all --out "$JSONL"
+# After how many seconds a step shall begin nothing new: the kernel or the row that is in progress takes a while.
+begin_within() { echo $((STEP_LIMIT > 60 ? STEP_LIMIT - 30 : (STEP_LIMIT + 1) / 2)); }
+
+tune() {
+  local seconds
+  seconds=$(begin_within)
+  echo "tuning for $seconds s"
+  if [[ $DRY_RUN == 0 ]]; then
+    # the dtype that networks run in on such a machine; another command tunes the rest
+    "$PYTHON" -m dyreg_triton tune --dtype bfloat16 --budget "$seconds" --out "$TUNING"
+    return
   fi
+  TRITON_INTERPRET=1 BUDGET=$seconds "$PYTHON" - <<'END'
+import os
+import sys
+import time
+
+from dyreg_triton import cli, tuning
+from dyreg_triton.tuning.calls import TunedCall
+
+
+def interpreted(work):
+    """Seconds that the interpreter takes: they tell nothing of a GPU, but a search can be made by them."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def tensor(*shape):
+    return {"shape": shape, "dtype": "float32", "layout": "contiguous"}
+
+
+call = TunedCall("region_pool", {"x": tensor(1, 32, 4, 4), "regions": tensor(1, 2, 4)}, {}, backward=False)
+budget, path = float(os.environ["BUDGET"]), os.environ["TUNING"]
+print(tuning.tune([call], budget=budget, path=path, device="cpu", timer=interpreted))
+tuning.use(path)
+sys.exit(cli.main("tune --show --shapes quick --ops region --dtype float32 --device cpu".split()))
+END
+}
+
+bench() {
+  local options=(--budget "$(begin_within)" --out "$JSONL")
+  [[ $DRY_RUN == 1 ]] && options+=(--quick)
+  echo "launch configs: ${DYREG_TRITON_TUNING:-none were tuned here}"
+  "$PYTHON" -m bench run all "${options[@]}"
+}
+
+report() {
+  if [[ ! -s $JSONL ]]; then
+    echo "skipped: nothing was measured"
+    return 77
+  fi
+  if ! "$PYTHON" -c 'import matplotlib'; then
+    echo "skipped: no matplotlib"
+    return 77
+  fi
+  "$PYTHON" -m bench report --results "$JSONL" --out "$RESULTS/REPORT.md" --html "$RESULTS/report.html"
 }
 
 export DRY_RUN=$dry_run
 ((dry_run)) && export CUDA_VISIBLE_DEVICES=
-export -f dependencies environment suite sanitizer bench
+export -f dependencies environment suite sanitizer begin_within tune bench report
 
 say "$(date -u +%FT%TZ)  at most $budget s$( ((dry_run)) && echo ', a dry run on the CPU')"
 step dependencies 10 dependencies
 step environment 10 "${STEP_ENVIRONMENT:-environment}"
-step suite 40 "${STEP_SUITE:-suite}"
-step sanitizer 17 "${STEP_SANITIZER:-sanitizer}"
-step bench 23 "${STEP_BENCH:-bench}"
+step suite 28 "${STEP_SUITE:-suite}"
+step sanitizer 9 "${STEP_SANITIZER:-sanitizer}"
+step tune 14 "${STEP_TUNE:-tune}"
+# however far it came: every config in the file was checked and is faster than the default, or is the default
+if [[ -s $TUNING ]]; then export DYREG_TRITON_TUNING=$TUNING; fi
+step bench 26 "${STEP_BENCH:-bench}"
+step report 3 "${STEP_REPORT:-report}"
 exit "$failed"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import bench_rows
 import pytest
 import torch
 
@@ -20,13 +21,17 @@ from dyreg_triton import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
-STEPS = ("dependencies", "environment", "suite", "sanitizer", "bench")
+STEPS = ("dependencies", "environment", "suite", "sanitizer", "tune", "bench", "report")
+QUIET = dict.fromkeys(STEPS[1:], "true")  # in place of the steps' own commands
 
 
 def gpu_script(out: Path, *options: str, **steps: str) -> tuple[subprocess.CompletedProcess[str], str]:
-    """A run of gpu.sh that writes to `out`, and its log; `steps` replace the commands of the steps that they name."""
+    """A run of gpu.sh that writes to `out`, and its log.
+
+    `steps` replace the commands of the steps that they name; in capitals they are other variables of its environment.
+    """
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment |= {name if name == "WHEELS" else f"STEP_{name.upper()}": value for name, value in steps.items()}
+    environment |= {name if name.isupper() else f"STEP_{name.upper()}": value for name, value in steps.items()}
     command = ["bash", str(SCRIPT), "--out", str(out), *options]
     done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=120)
     return done, (out / "gpu.log").read_text()
@@ -49,18 +54,32 @@ def test_bash_accepts_it(name: str) -> None:
 
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
-    """Every step passes, but for the benchmark, which tests of its own run: a stand-in writes its results."""
+    """Every step passes, but for the benchmark, which tests of its own run: invented rows stand for its results."""
     pytest.importorskip("triton")
+    pytest.importorskip("matplotlib")
+    rows = bench_rows.write(tmp_path / "rows.jsonl", bench_rows.everything(bench_rows.CPU))
     out = tmp_path / "out"
-    done, log = gpu_script(out, "--dry-run", bench="""echo '{"op": "none"}' >"$JSONL" """)
+    done, log = gpu_script(out, "--dry-run", bench=f"""echo "configs of $DYREG_TRITON_TUNING"; cp '{rows}' "$JSONL" """)
     assert done.returncode == 0, log
     assert statuses(log) == statuses(done.stdout) == dict.fromkeys(STEPS, "passed")
     assert re.findall(r"^=== (\w+)", log, re.M) == list(STEPS)
     assert f"torch: {torch.__version__}" in log
     assert re.search(r"\d+ passed", log)
     assert all(f"{name}: " in log for name in sanitize.kernels())
-    assert [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()] == [{"op": "none"}]
-    assert {path.name for path in out.iterdir()} == {"gpu.log", "gpu.jsonl"}
+    assert (out / "gpu.jsonl").read_text() == rows.read_text()
+
+    tuned = json.loads((out / "tuning.json").read_text())
+    assert tuned["gpu"]["name"] == "interpreter"
+    key = "region.gather float32 frames=1 nodes=2 channels=32 cells=16"
+    assert list(tuned["entries"]) == [key]
+    assert f"explicit: {out}/tuning.json, nearest key {key}" in log  # what was tuned is what a launch would take
+    assert f"configs of {out}/tuning.json\n" in log
+
+    assert "Sample, 1 thread" in (out / "REPORT.md").read_text()
+    assert "<svg" in (out / "report.html").read_text()
+    assert {path.name for path in out.iterdir()} == {
+        "gpu.log", "gpu.jsonl", "tuning.json", "REPORT.md", "report.html", "plots"
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -71,7 +90,9 @@ def test_failing_steps_do_not_stop_the_others(tmp_path: Path) -> None:
         environment="echo the environment",
         suite="echo 3 failed; exit 3",
         sanitizer="echo skipped: no such tool; exit 77",
+        tune="echo no GPU; exit 1",
         bench="""echo '{"op": "first"}' >"$JSONL"; kill -9 $$""",
+        report="echo no row >&2; exit 1",
     )
     assert done.returncode == 1
     found = statuses(done.stdout)
@@ -79,7 +100,9 @@ def test_failing_steps_do_not_stop_the_others(tmp_path: Path) -> None:
     assert found["environment"] == "passed"
     assert found["suite"] == "failed: exit status 3"
     assert found["sanitizer"] == "skipped: no such tool"
+    assert found["tune"] == "failed: exit status 1"
     assert found["bench"] == "failed: exit status 137"
+    assert found["report"] == "failed: exit status 1"
     assert "the environment\n" in log
     assert "3 failed\n" in done.stdout  # the end of a failing step's output
     assert json.loads((tmp_path / "out" / "gpu.jsonl").read_text()) == {"op": "first"}
@@ -89,8 +112,8 @@ def test_failing_steps_do_not_stop_the_others(tmp_path: Path) -> None:
 def test_budget_is_kept(tmp_path: Path) -> None:
     """A step that hangs is stopped in its share of the time, and what it printed is in the log."""
     options = ("--dry-run", "--budget", "18")
-    steps = {"environment": "true", "sanitizer": "true", "bench": "echo ran"}
-    done, log = gpu_script(tmp_path / "out", *options, suite="echo began; sleep 60", **steps)
+    steps = QUIET | {"suite": "echo began; sleep 60", "bench": "echo ran"}
+    done, log = gpu_script(tmp_path / "out", *options, **steps)
     assert done.returncode == 1
     assert re.fullmatch(r"failed: stopped after \d+ s", statuses(log)["suite"])
     assert statuses(log)["bench"] == "passed"
@@ -114,7 +137,8 @@ def test_memory_sanitizer(tmp_path: Path, tool: str, status: str) -> None:
     fake.write_text(f"#!/usr/bin/env bash\n{tool}\n")
     fake.chmod(0o755)
     with environment_variable("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}"):
-        done, log = gpu_script(tmp_path / "out", environment="true", suite="true", bench="true")
+        steps = {name: command for name, command in QUIET.items() if name != "sanitizer"}
+        done, log = gpu_script(tmp_path / "out", **steps)
     assert statuses(log)["sanitizer"] == status
     assert done.returncode == status.startswith("failed")
 
@@ -128,10 +152,108 @@ def test_missing_wheels_are_named(tmp_path: Path) -> None:
     )
     (tmp_path / "bare" / "sitecustomize.py").write_text(hidden)
     with environment_variable("PYTHONPATH", str(tmp_path / "bare")):
-        steps = dict.fromkeys(STEPS[1:], "true")
-        done, log = gpu_script(tmp_path / "out", WHEELS=str(tmp_path / "none"), **steps)
+        done, log = gpu_script(tmp_path / "out", WHEELS=str(tmp_path / "none"), **QUIET)
     assert done.returncode == 0
     assert statuses(log)["dependencies"] == "incomplete: no wheel for tqdm"
+
+
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """A Python that says how it was called, and no more, where a module of this project is run."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+if [[ "$1 $2" == "-m bench" || "$1 $2" == "-m dyreg_triton" ]]; then
+  echo "ran with ${{DYREG_TRITON_TUNING:-nothing}}: $*"
+  exit 0
+fi
+[[ $1 == -c && $2 == *sys.executable* ]] && {{ echo "$0"; exit 0; }}
+exec {sys.executable} "$@"
+"""
+    )
+    python.chmod(0o755)
+    return {"PYTHON": str(python)}
+
+
+@pytest.mark.slow
+def test_commands_on_a_gpu(tmp_path: Path) -> None:
+    """Tuning and benchmark have budgets that end before the step does, and one takes what the other has found."""
+    out = tmp_path / "out"
+    given = tmp_path / "given.json"
+    given.write_text('{"tuned": "before"}\n')
+    steps = dict.fromkeys(("environment", "suite", "sanitizer", "report"), "true")
+    done, log = gpu_script(out, TUNED="given.json", **steps, **stand_in(tmp_path))
+    assert done.returncode == 0, log
+    assert (out / "tuning.json").read_text() == given.read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r"^=== (\w+) \(at most (\d+) s\)", log, re.M)}
+    tune = f"-m dyreg_triton tune --dtype bfloat16 --budget {limits['tune'] - 30} --out {out}/tuning.json"
+    bench = f"-m bench run all --budget {limits['bench'] - 30} --out {out}/gpu.jsonl"
+    assert re.findall("^ran with .*", log, re.M) == [
+        f"ran with nothing: {tune}",
+        f"ran with {out}/tuning.json: {bench}",
+    ]
+    # what the steps before did not use is theirs
+    assert limits["tune"] > 130
+    assert limits["bench"] > 400
+
+
+@pytest.mark.slow
+def test_shares_of_the_time(tmp_path: Path) -> None:
+    """The weights sum to 100, and each step's share follows from what is left; the shortest is not nothing."""
+    weights = [int(weight) for weight in re.findall(r"^step \w+ (\d+) ", SCRIPT.read_text(), re.M)]
+    assert len(weights) == len(STEPS)
+    assert sum(weights) == 100
+    _, log = gpu_script(tmp_path / "out", "--budget", "11", **QUIET | {"tune": "echo limit $STEP_LIMIT"})
+    limits = dict(re.findall(r"^=== (\w+) \(at most (\d+) s\)", log, re.M))
+    assert list(limits) == list(STEPS)
+    assert all(int(limit) >= 1 for limit in limits.values())
+    assert f"limit {limits['tune']}\n" in log
+
+
+@pytest.mark.slow
+def test_failing_tune_does_not_stop_the_benchmark(tmp_path: Path) -> None:
+    """What it had found is used; where it had found nothing, nothing is named."""
+    for found, configs in (("""echo '{}' >"$TUNING"; """, f"{tmp_path}/out/tuning.json"), ("", "none")):
+        steps = QUIET | {"tune": f"{found}exit 1", "bench": 'echo "configs: ${DYREG_TRITON_TUNING:-none}"'}
+        with environment_variable("DYREG_TRITON_TUNING", "/the/callers/own"):
+            done, log = gpu_script(tmp_path / "out", **steps)
+        assert done.returncode == 1
+        assert statuses(log)["tune"] == "failed: exit status 1"
+        assert statuses(log)["bench"] == "passed"
+        assert f"configs: {configs}\n" in log
+
+
+@pytest.mark.slow
+def test_no_report_without_rows_or_matplotlib(tmp_path: Path) -> None:
+    steps = {name: command for name, command in QUIET.items() if name != "report"}
+    done, log = gpu_script(tmp_path / "out", **steps)
+    assert statuses(log)["report"] == "skipped: nothing was measured"
+    (tmp_path / "bare" / "matplotlib").mkdir(parents=True)
+    (tmp_path / "bare" / "matplotlib" / "__init__.py").write_text("raise ImportError")
+    with environment_variable("PYTHONPATH", str(tmp_path / "bare")):
+        done, log = gpu_script(tmp_path / "out", **steps | {"bench": """echo '{"op": "first"}' >"$JSONL" """})
+    assert done.returncode == 0
+    assert statuses(log)["report"] == "skipped: no matplotlib"
+
+
+@pytest.mark.slow
+def test_results_of_a_former_run_are_gone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("gpu.log", "gpu.jsonl", "tuning.json", "REPORT.md", "report.html"):
+        (out / name).write_text("of another run")
+    (out / "kept").write_text("the user's")
+    gpu_script(out, **QUIET)
+    assert {path.name for path in out.iterdir()} == {"gpu.log", "kept"}
+    assert "of another run" not in (out / "gpu.log").read_text()
+
+
+@pytest.mark.slow
+def test_no_tuning_file_to_go_on_from(tmp_path: Path) -> None:
+    with environment_variable("TUNED", "none.json"):
+        done = subprocess.run(["bash", str(SCRIPT), "--out", "out"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "TUNED is none.json; accepted is a tuning file" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
