@@ -218,7 +218,7 @@ tune() {
   echo "tuning for $seconds s"
   if [[ $DRY_RUN == 0 ]]; then
     # the dtype that networks run in on such a machine; another command tunes the rest
-    "$PYTHON" -m dyreg_triton tune --dtype bfloat16 --budget "$seconds" --out "$TUNING"
+    "$PYTHON" -m dyreg_triton tune --ops region --dtype bfloat16 --budget "$seconds" --out "$TUNING"
     return
   fi
   TRITON_INTERPRET=1 BUDGET=$seconds "$PYTHON" - <<'END'

@@ -62,6 +62,14 @@ def family(device: torch.device) -> str:
     return "blackwell" if int(capability.partition(".")[0]) >= 10 else "nvidia"
 
 
+def matmul_precision() -> str:
+    """torch.get_float32_matmul_precision(), also where torch's newer settings were used, with which it raises."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 def forget() -> None:
     """Ask again: for whoever exchanges Triton's driver."""
     gpu_of.cache_clear()

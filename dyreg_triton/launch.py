@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import gpu
-from .gpu import family
+from .gpu import family, matmul_precision
 from .tuning import lookup
 
 
@@ -129,7 +129,7 @@ def precision(tensor: Tensor, highest: str = "ieee") -> str:
     """
     if tensor.dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    if torch.get_float32_matmul_precision() == "highest":
+    if matmul_precision() == "highest":
         return highest if highest == "ieee" or family(tensor.device) in ("nvidia", "blackwell") else "ieee"
     return "tf32"
 
@@ -143,6 +143,7 @@ def register_limit(registers: int | None, tensor: Tensor) -> dict[str, int]:
 
 T = TypeVar("T")
 _plans: dict[tuple, Any] = {}
+_generation = 0  # of lookups, that the plans belong to
 _MOST = 4096  # plans; a few of each size that a program uses
 
 
@@ -152,8 +153,12 @@ def planned(make: Callable[..., T], tensors: tuple[Tensor | None, ...], *options
     `make` may look at nothing else of them, nor keep them. Plans also depend on torch's matmul precision and on the
     tuning in use.
     """
+    global _generation
+    if _generation != lookup.generation:  # other configs may be meant now
+        _generation = lookup.generation
+        _plans.clear()
     key = (
-        make, options, lookup.generation, torch.get_float32_matmul_precision(),
+        make, options, matmul_precision(),
         *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
     )  # fmt: skip
     plan = _plans.get(key)
@@ -188,10 +193,10 @@ class Launch:
         constants: its compile-time arguments by name, and launch options.
     """
 
-    __slots__ = ("_direct", "_tail", "constants", "given", "kernel", "key", "programs", "static")
+    __slots__ = ("_direct", "_tail", "constants", "generation", "given", "kernel", "key", "programs", "static")
 
     def __init__(self, kernel: Any, programs: int, key: Any, *static: Any, given: int | None = None, **constants: Any):
-        self.given = given
+        self.given, self.generation = given, lookup.generation
         self.kernel, self.programs, self.key, self.static = kernel, programs, key, static
         # said out loud, because a later Triton turns fused multiply-add off by default
         self.constants = {**constants, "enable_fp_fusion": True}
@@ -227,8 +232,8 @@ class Launch:
         try:
             return self.kernel[(self.programs,)](*args, *self.static, **self.constants)
         except Exception as error:
-            # Triton's, before anything runs
-            if type(error).__name__ == "OutOfResources" and lookup.reject(self.key, args[0].device, error):
+            # nothing has run: it does not compile, or needs more than there is
+            if lookup.reject(self.key, args[0].device, error, self.generation):
                 raise lookup.Unfit(str(error)) from error
             raise
 

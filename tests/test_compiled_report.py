@@ -94,8 +94,8 @@ def test_a_jump_that_is_always_taken_ends_its_block():
 
 def test_a_call_of_a_place_within_is_a_jump():
     """The compiler leaves loops by it; a function returns."""
-    code = (".L_x_0:", "LDG.E R1, desc[UR4][R2.64]", "CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s16)",
-            "@P3 CALL.REL.NOINC `(.L_x_1)", "BRA `(.L_x_0)", ".L_x_1:", "STG.E desc[UR4][R2.64], R1", "EXIT")  # fmt: skip
+    function, place = "CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s16)", "@P3 CALL.REL.NOINC `(.L_x_1)"
+    code = (".L_x_0:", "LDG.E R1, desc[UR4][R2.64]", function, place, "BRA `(.L_x_0)", ".L_x_1:", "STG.E R1", "EXIT")
     blocks = assembly.parse_sass(sass(*code))
     assert assembly.hot_loop(blocks)[0].counts == {"load": 1, "control": 3}
     assert [line.opcode for line in assembly.lines(blocks)][-2:] == ["STG.E", "EXIT"]
@@ -217,6 +217,7 @@ def test_operations_of_amd(opcode, operations):
     [  # as NVIDIA's calculator has it: registers by 256 a warp, a kilobyte of shared memory beside a program's own
         ("sm_90", 8, 32, 0, 8, 1.0, "warps"),
         ("sm_90", 8, 37, 0, 6, 0.75, "registers"),
+        ("sm_90", 4, 41, 0, 10, 0.625, "registers"),
         ("sm_90", 8, 128, 0, 2, 0.25, "registers"),
         ("sm_90", 32, 64, 0, 1, 0.5, "registers"),
         ("sm_90", 4, 255, 0, 2, 0.125, "registers"),

@@ -185,7 +185,7 @@ def test_commands_on_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, log
     assert (out / "tuning.json").read_text() == given.read_text()
     limits = {name: int(seconds) for name, seconds in re.findall(r"^=== (\w+) \(at most (\d+) s\)", log, re.M)}
-    tune = f"-m dyreg_triton tune --dtype bfloat16 --budget {limits['tune'] - 30} --out {out}/tuning.json"
+    tune = f"-m dyreg_triton tune --ops region --dtype bfloat16 --budget {limits['tune'] - 30} --out {out}/tuning.json"
     bench = f"-m bench run all --budget {limits['bench'] - 30} --out {out}/gpu.jsonl"
     assert re.findall("^ran with .*", log, re.M) == [
         f"ran with nothing: {tune}",

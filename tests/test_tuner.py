@@ -98,10 +98,23 @@ def bowl(c: int, p: int, bottom: float = 1e-5) -> dict[Config, float]:
     }
 
 
+def at(place: int) -> Config:
+    """The config at a place of a row."""
+    return Config(8, 16, 64, registers=100 + place)
+
+
+class Row(Landscape):
+    """Configs in a row: each has two neighbours."""
+
+    def neighbours(self, config: Any) -> list[Config]:
+        self.events.note("neighbours", self.key, config)
+        near = (at(config.registers - 100 + step) for step in (1, -1))
+        return [other for other in near if other in self.times]
+
+
 def line(*times: float | Sequence[float], key: Key = KEYS[0], **fields: Any) -> Landscape:
     """A job with a few configs in a row, of which the first is the default."""
-    row = [Config(8, 16 << i, 64) for i in range(len(times))]
-    return Landscape(key, row[0], dict(zip(row, times, strict=True)), **fields)
+    return Row(key, at(0), {at(i): t for i, t in enumerate(times)}, **fields)
 
 
 def several(events: Events, **fields: Any) -> list[Landscape]:
@@ -135,7 +148,8 @@ def test_finds_the_fastest(tmp_path: Path) -> None:
     path, events = tmp_path / "a.json", Events()
     summary = engine.run(several(events), path, GPU)
     found = files.read(path, GPU)
-    assert [found[key].config for key in KEYS[:3]] == [Config(8, 128, 16), Config(8, 16, 64), Config(8, 128, 128)]
+    assert [found[key].config for key in KEYS[:2]] == [Config(8, 128, 16), Config(8, 16, 64)]
+    assert steps(found[KEYS[2]].config, Config(8, 64, 128)) == 1  # the fastest itself is refused
     assert counts(summary) == (2, 1, 0, 0)
     assert number(summary.refused) == 2
     for key, table in zip(KEYS, (bowl(128, 16), bowl(16, 64), bowl(64, 128, 3e-6)), strict=False):
@@ -189,10 +203,11 @@ def steps(a: Config, b: Config) -> float:
 def test_climbs_from_the_best(tmp_path: Path) -> None:
     """Not from everything that is faster than the default: a row of eight is walked, not a grid filled."""
     job = line(*[1e-3 * 0.9**i for i in range(8)])
-    assert result(job, tmp_path / "a.json").config == Config(8, 16 << 7, 64)
-    job = line(1.0, 0.9, 0.95, 0.1)  # what lies behind a slower one is not looked for
-    assert result(job, tmp_path / "b.json").config == Config(8, 32, 64)
-    assert Config(8, 128, 64) not in job.events.of("check")
+    assert result(job, tmp_path / "a.json").config == at(7)
+    for slower in (0.95, 0.9000001, 0.9):  # what lies behind one that is not faster is not looked for
+        job = line(1.0, 0.9, slower, 0.1)
+        assert result(job, tmp_path / f"{slower}.json").config == at(1)
+        assert at(3) not in job.events.of("check")
 
 
 THREE_PER_CENT: dict[str, tuple[Any, Any, bool, float, float]] = {
@@ -218,24 +233,24 @@ def test_three_per_cent(tmp_path: Path, case: str) -> None:
     default, other, taken, chosen_seconds, default_seconds = THREE_PER_CENT[case]
     job = line(default, other)
     said = result(job, tmp_path / "a.json")
-    assert said.config == Config(8, 32 if taken else 16, 64)
-    assert said.default == Config(8, 16, 64)
+    assert said.config == at(1 if taken else 0)
+    assert said.default == at(0)
     assert said.seconds == pytest.approx(chosen_seconds, rel=1e-3)
     assert said.default_seconds == pytest.approx(default_seconds, rel=1e-3)
     if taken:
-        assert max(map(job.events.of("seconds").count, GRID)) == 2  # once more each
+        assert max(map(job.events.of("seconds").count, job.times)) == 2  # once more each
     else:
         assert said.seconds == said.default_seconds
 
 
 def test_what_is_refused_is_passed_over(tmp_path: Path) -> None:
     """However fast it would be; and its neighbours are not asked for."""
-    job = line(1.0, 0.1, 0.01, refused={Config(8, 32, 64): "needs 300000 bytes of shared memory"})
+    job = line(1.0, 0.1, 0.01, refused={at(1): "needs 300000 bytes of shared memory"})
     summary = engine.run([job], tmp_path / "a.json", GPU)
     assert counts(summary) == (0, 1, 0, 0)
     assert number(summary.refused) == 1
     assert job.events.of("seconds") == [job.default]
-    assert Config(8, 64, 64) not in job.events.of("check")
+    assert at(2) not in job.events.of("check")
 
 
 def test_odd_neighbours(tmp_path: Path) -> None:
@@ -243,7 +258,7 @@ def test_odd_neighbours(tmp_path: Path) -> None:
     job = line(1.0, 0.5, 0.2)
     plain = job.neighbours
     with mock.patch.object(job, "neighbours", lambda c: [*plain(c), c, *plain(c), job.default], create=True):
-        assert result(job, tmp_path / "a.json").config == Config(8, 64, 64)
+        assert result(job, tmp_path / "a.json").config == at(2)
     assert len(job.events.of("check")) == 3
     job = line(1.0, 0.5)
     with mock.patch.object(job, "neighbours", return_value=()):
@@ -403,7 +418,7 @@ def test_interrupted_at_any_line(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt), interrupted_at(stop, folder):
             engine.run(jobs(), path, GPU)
         found = files.read(path, GPU) if path.exists() else {}
-        assert all(said.config == Config(8, 32 if key == KEYS[0] else 16, 64) for key, said in found.items())
+        assert all(said.config == at(1 if key == KEYS[0] else 0) for key, said in found.items())
         sizes.add(len(found))
         engine.run(jobs(), path, GPU)
         assert path.read_bytes() == whole.read_bytes(), stop
@@ -431,7 +446,7 @@ def test_a_budget_is_shared_evenly(tmp_path: Path) -> None:
     found = files.read(path, GPU)
     assert set(found) == set(KEYS[:3])
     assert not any(said.complete for said in found.values())
-    assert all(said.config.block_c >= 16 << 24 for said in found.values())  # the best so far, not the default
+    assert all(said.config.registers >= 100 + 24 for said in found.values())  # the best so far, not the default
     assert number(summary.left) == 0
 
 
@@ -459,7 +474,7 @@ def test_a_budget_that_is_spent_at_once(tmp_path: Path) -> None:
     path, clock, events = tmp_path / "a.json", Clock(), Events()
     summary = engine.run(long_jobs(clock, events, cost=10.0), path, GPU, budget=5, clock=clock)
     assert number(summary.left) == 2
-    assert events.of("seconds") == [Config(8, 16, 64)]
+    assert events.of("seconds") == [at(0)]
     found = files.read(path, GPU)
     assert set(found) == {KEYS[0]}
     said = found[KEYS[0]]
@@ -526,6 +541,12 @@ def test_progress(tmp_path: Path, budget: float | None) -> None:
     if budget is not None:
         assert all(s is None or s <= budget - p.elapsed + 1e-9 or s == 0 for s, p in zip(left, seen, strict=True))
     assert any(seconds is not None for seconds in left)
+
+
+def test_progress_of_a_job_without_candidates(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    engine.run([line(1.0), line(1.0, key=KEYS[1])], tmp_path / "a.json", GPU, progress=seen.append)
+    assert [(p.done, p.key) for p in seen] == [(0, KEYS[0]), (1, KEYS[1])]
 
 
 def test_progress_of_what_is_skipped(tmp_path: Path) -> None:

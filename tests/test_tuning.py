@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from tuning_cases import (
 
 import dyreg_triton as dt
 from dyreg_triton import tuning
-from dyreg_triton.gpu import Gpu, gpu_of
+from dyreg_triton.gpu import Gpu, family, gpu_of
 from dyreg_triton.launch import watched
 from dyreg_triton.tuning import Config, Key, RelationalConfig, files
 from dyreg_triton.tuning.files import user_file
@@ -118,7 +118,7 @@ def sources(tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.mark.parametrize("element", DTYPE)
 def test_heuristic_of_region(kind: str, element: str) -> None:
     some = Key("region", kind, element, (64, 16, 128, 49))
-    expected = tuning.region(kind, 64, 16, 128, 49, ITEMSIZE[element])
+    expected = tuning.region(kind, 64, 16, 128, 49, ITEMSIZE[element], family(DEVICE))
     origin = tuning.origin(some, DEVICE)
     assert origin == (expected, "heuristic", None, None, None)
     assert tuning.config(some, tensor(element)) == expected
@@ -128,12 +128,9 @@ def test_heuristic_of_region(kind: str, element: str) -> None:
 @pytest.mark.parametrize("kind", RELATIONAL_KINDS)
 @pytest.mark.parametrize("element", DTYPE)
 def test_heuristic_of_relational(kind: str, element: str) -> None:
-    from dyreg_triton.launch import family
-
     some = rsa_key(2, (3, 5, 4), 3, (5, 9, 12, 17), (1, 3, 3), kind)._replace(element=element)
-    expected = tuning.relational(
-        kind, 2, (3, 5, 4), 3, (5, 9, 12, 17), (1, 3, 3), ITEMSIZE[element], family(tensor(element))
-    )
+    sizes = 2, (3, 5, 4), 3, (5, 9, 12, 17), (1, 3, 3)
+    expected = tuning.relational(kind, *sizes, ITEMSIZE[element], family(DEVICE))
     assert tuning.origin(some, DEVICE) == (expected, "heuristic", None, None, None)
     assert tuning.config(some, tensor(element)) == expected
 
@@ -639,6 +636,76 @@ def test_an_op_asks_the_files(gpu: Gpu, tmp_path: Path) -> None:
     assert launched() == plain
     tuning.forget()
     assert launched() == (16, 16, 32, 8)
+
+
+class OutOfResources(Exception):
+    """Named as Triton's, for a kernel that needs more than the GPU has."""
+
+
+class Scarce:
+    """A kernel on a GPU where a program can have no more than so many channels."""
+
+    def __init__(self, kernel: Any, most: int):
+        self.kernel, self.most, self.arg_names, self.refused = kernel, most, kernel.arg_names, 0
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def run(*args: Any, **constants: Any) -> Any:
+            if constants["BLOCK_C"] > self.most:
+                self.refused += 1
+                raise OutOfResources("shared memory")
+            return self.kernel[grid](*args, **constants)
+
+        return run
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("near", [False, True], ids=["exact", "nearest"])
+def test_a_config_that_does_not_fit_is_out_of_use(gpu: Gpu, near: bool) -> None:
+    """A packaged one was measured with another compiler, a nearest key's on other sizes."""
+    from dyreg_triton.kernels import region
+
+    x, regions = torch.randn(2, 20, 3, 5), torch.tensor([[[2.0, 1.0, 1.7, 1.6]]]).repeat(2, 1, 1)
+    expected = dt.reference.region_pool(x.double(), regions.double())
+    some, other = (tuning.region_key("gather", frames, 1, 20, 15, x) for frames in (2, 400))
+    path = written(user_file(gpu), {some._replace(sizes=(2, 1, 20, 16)) if near else some: Config(16, 32, 16, 2)}, gpu)
+    scarce, launches = Scarce(region.region_gather, 16), []
+
+    def pooled() -> int:
+        with dt.backend("triton"), watched(lambda launch, _: launches.append(launch)):
+            found = dt.ops.region_pool(x.to(DEVICE), regions.to(DEVICE))
+        assert_close(found.cpu(), expected, tolerance=1e-5)
+        return launches[-1].constants["BLOCK_C"]
+
+    with mock.patch.object(region, "region_gather", scarce), collected() as reports:
+        assert pooled() == 16
+        assert pooled() == 16
+        assert scarce.refused == 1
+        assert tuning.config(some, x.to(DEVICE)) == tuning.region("gather", 2, 1, 20, 15, 4, family(DEVICE))
+        assert tuning.config(other, x.to(DEVICE)).block_c == 32  # it may fit there
+        tuning.forget()
+        assert pooled() == 16
+        assert scarce.refused == 2
+    assert len(reports) == 1
+    assert str(path) in reports[0]
+    assert str(some) in reports[0]
+    tuning.forget()
+    assert pooled() == 32
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("file", [False, True])
+def test_a_heuristic_that_does_not_fit_is_an_error(gpu: Gpu, file: bool) -> None:
+    from dyreg_triton.kernels import region
+
+    x, regions = torch.randn(2, 20, 3, 5, device=DEVICE), torch.rand(2, 1, 4, device=DEVICE)
+    if file:
+        some = tuning.region_key("gather", 2, 1, 20, 15, x)
+        written(user_file(gpu), {some: Config(16, 32, 16, 2)}, gpu)
+    scarce = Scarce(region.region_gather, 8)
+    here = mock.patch.object(region, "region_gather", scarce)
+    with here, collected(), dt.backend("triton"), pytest.raises(OutOfResources):
+        dt.ops.region_pool(x, regions)
+    assert scarce.refused == 1 + file
 
 
 # --- other processes ------------------------------------------------------------------------------------------------

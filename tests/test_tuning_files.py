@@ -106,6 +106,7 @@ NONSENSE = {
     "a leading zero": "region.gather 16-bit frames=0256 nodes=16 channels=512 cells=196",
     "an underscore": "region.gather 16-bit frames=2_56 nodes=16 channels=512 cells=196",
     "other digits": "region.gather 16-bit frames=٢٥٦ nodes=16 channels=512 cells=196",
+    "one of other digits": "region.gather 16-bit frames=2٥6 nodes=16 channels=512 cells=196",
     "an accent": "region.gather 16-bit frames=256 nodes=16 channels=512 cells=²",
 }
 
@@ -535,8 +536,10 @@ def test_moving_aside_interrupted_anywhere(tmp_path: Path) -> None:
     folder, path = Path(tuning.__file__).parent, tmp_path / "a.json"
     edited(written(path, {key(): config(), rsa_key(): RelationalConfig()}), set_in("kernels", "region")("0123456789ab"))
     before = path.read_bytes()
-    with interrupted_at(-1, folder) as lines:
-        written(path, {key(64): config(64)})
+    for _ in range(2):  # what is reported, and read of the kernels, comes once
+        path.write_bytes(before)
+        with interrupted_at(-1, folder) as lines:
+            written(path, {key(64): config(64)})
     after = path.read_bytes()
     for line in range(1, lines[0] + 1):
         (tmp_path / "a.json.unusable").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ SIZES = ((1, 1), (4, 4), (5, 5), (7, 7), (8, 8), (9, 9), (14, 14), (13, 17), (16
 COMMON = ((7, 7), (13, 17), (14, 14), (16, 16), (28, 28), (56, 56))
 KINDS = ("gather", "scatter", "gather_moments", "scatter_moments", "dense", "dense_moments")
 LAYOUTS = ("contiguous", "channels_last", "sliced")
+FAMILY = {"sm_80": "nvidia", "sm_90": "nvidia", "sm_100": "blackwell", "gfx942": "amd"}  # as tuning tells GPUs apart
 
 
 class RegionCase(NamedTuple):
@@ -34,31 +35,33 @@ class RegionCase(NamedTuple):
 
     @property
     def may_spill(self) -> bool:
-        return False
+        """An address for every cell, and moments beside them, fill the registers of sm_80."""
+        return self.layout == "sliced" and self.kind == "gather_moments"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch_dtype(self.dtype)
 
-    def config(self) -> Any:
+    def config(self, family: str = "nvidia") -> Any:
         from dyreg_triton import tuning
 
         channels = {"dense": 1, "dense_moments": 16}.get(self.kind, self.channels)
         cells = self.size[0] * self.size[1]
-        return tuning.region(self.kind, self.frames, self.nodes, channels, cells, self.torch_dtype.itemsize)
+        return tuning.region(self.kind, self.frames, self.nodes, channels, cells, self.torch_dtype.itemsize, family)
 
-    def wide(self, lanes: int) -> int:
-        """Bytes that an access of the map can have, with `lanes` threads in a warp.
+    def wide(self, target: str) -> int:
+        """Bytes that an access of the map can have.
 
         What divides its runs of memory, and what a thread has of a tile. A contiguous map whose cells fit one tile is
         one run, so only the frame has to divide.
         """
-        config, itemsize = self.config(), self.torch_dtype.itemsize
+        config, itemsize = self.config(FAMILY[target]), self.torch_dtype.itemsize
         height, width = self.size
         run = {"contiguous": height * width, "channels_last": self.channels, "sliced": 1}[self.layout]
         if self.layout == "contiguous" and (run <= config.block_p or self.channels == 1):
             run *= self.channels
-        share = config.block_c * min(config.block_p, height * width) * itemsize // (lanes * config.num_warps)
+        threads = TARGETS[target].warp_size * config.num_warps
+        share = config.block_c * min(config.block_p, height * width) * itemsize // threads
         return min(math.gcd(16, run * itemsize), max(itemsize, 1 << max(share.bit_length() - 1, 0)))
 
     def launch(self) -> None:
@@ -94,19 +97,21 @@ class RegionCase(NamedTuple):
     def problems(self, code: Code) -> list[str]:
         """Narrow access, in words."""
         found: list[str] = []
-        wide = self.wide(TARGETS[code.target].warp_size)
+        wide = self.wide(code.target)
         if self.kind == "scatter_moments" and self.nodes > 16:  # two passes, each with a config of its own
             return found
         if self.kind in ("gather", "gather_moments", "scatter_moments") and code.load_bytes < wide:
             found.append(f"loads {code.load_bytes} of {wide} bytes")
         # the nodes' loads are wide whatever the map's are, where a thread has more than one of them; on NVIDIA
-        config = self.config()
+        config = self.config(FAMILY[code.target])
         share = config.block_c * config.block_n * self.torch_dtype.itemsize // (32 * config.num_warps)
         nodes = self.kind in ("gather_moments", "scatter_moments") and code.target.startswith("sm")
         if nodes and self.channels % 16 == 0 and code.narrowest < min(wide, share, 4):
             found.append(f"loads {code.narrowest} of {wide} bytes")
         if self.layout == "channels_last" and code.target == "gfx942":  # its products leave a channel's cells together
             return found
+        if code.target == "gfx942":  # its products leave four cells of a channel to a thread
+            wide = min(wide, 4 * self.torch_dtype.itemsize)
         if self.kind in ("scatter", "scatter_moments") and code.store_bytes < wide:
             found.append(f"stores {code.store_bytes} of {wide} bytes")
         return found

@@ -101,9 +101,10 @@ def row(code: Code, dtype: str) -> dict[str, Any]:
 
 
 def instructions(code: Code, done: Work | None) -> int | None:
-    """How many a launch is predicted to issue, over all warps.
+    """How many a launch is predicted to issue at the least, over all warps.
 
-    By the turns of the one loop where they are known; else as if all products were made at the rate of the hot loop.
+    By the turns of the one loop where they are known; else as if all products were made at the rate of the hot loop,
+    and none by several warps alike: good for an order, not for comparing blocks that share products among warps.
     """
     if done is None or code.loop is None:
         return None

@@ -22,10 +22,16 @@ def _observed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def _lazy(t: Tensor) -> bool:
+    """Whether the dispatcher does something to a tensor before an op sees its data: a sign, a zero, a batch."""
+    return t.is_neg() or t._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def signature(tensors: Iterable[Tensor | None], *options: Any) -> tuple | None:
@@ -95,7 +101,7 @@ class Op:
         wanted = False
         for a in args:
             if isinstance(a, Tensor):
-                if type(a) not in _PLAIN:  # a subclass may see the call
+                if type(a) not in _PLAIN or _lazy(a):
                     return self.custom(*args)
                 wanted = wanted or a.requires_grad
         if wanted and self.function is not None and torch.is_grad_enabled():

@@ -21,9 +21,12 @@ from unittest import mock
 
 import torch
 
+from ..gpu import matmul_precision
 from .calls import TunedCall
 from .keys import Key
 from .rooms import ROOMS, from_json, to_json
+
+_MOST = 300.0  # seconds that a candidate's compilation may take, the wait for a free process included
 
 
 class Compilers:
@@ -51,14 +54,14 @@ class Compilers:
             return
         task = {
             "call": call._asdict(), "key": str(key), "config": to_json(config), "target": self._target,
-            "precision": torch.get_float32_matmul_precision(),
+            "precision": matmul_precision(),
         }  # fmt: skip
         self._asked[key, config] = self._threads.submit(self._ask, json.dumps(task))
 
     def wait(self, key: Key, config: Any) -> None:
-        """Until what was begun is in the cache."""
+        """Until what was begun is in the cache; TimeoutError if that takes longer than any kernel should."""
         if (key, config) in self._asked:
-            self._asked[key, config].result()
+            self._asked[key, config].result(timeout=_MOST)
 
     def drop(self, key: Key) -> None:
         """Of the candidates begun for other keys, those that no process has taken on: their search is over."""

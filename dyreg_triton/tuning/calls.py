@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..validate import what
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LAYOUTS = ("contiguous", "channels_last")
@@ -74,6 +77,8 @@ def recording() -> Iterator[list[TunedCall]]:
 def note(op: str, tensors: Mapping[str, Tensor | None], **options: Any) -> None:
     """Tell whoever records of a call that passed its checks."""
     there = {name: t for name, t in tensors.items() if t is not None}
+    if any(0 in t.shape for t in there.values()) or 0 in options.get("size", ()):
+        return  # nothing runs
     call = TunedCall(
         op,
         {name: _spec(name, t, op) for name, t in there.items()},
@@ -97,6 +102,8 @@ def _spec(name: str, t: Tensor, op: str) -> dict[str, Any]:
 
 def save(path: str | os.PathLike[str], calls: Sequence[TunedCall]) -> None:
     """Write calls as a JSON list, one a line."""
+    if not all(isinstance(call, TunedCall) for call in calls):
+        raise TypeError(f"save: calls is {what(calls)}; accepted is a list of TunedCall")
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -110,7 +117,7 @@ def load(path: str | os.PathLike[str]) -> list[TunedCall]:
     """Read what `save` wrote, or a person; ValueError names the file, the entry and what is accepted."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, TypeError) as error:
         raise ValueError(
             f"shapes is {str(path)!r}; accepted are the presets {', '.join(PRESETS)} and a JSON list of calls: {error}"
         ) from error
@@ -119,13 +126,15 @@ def load(path: str | os.PathLike[str]) -> list[TunedCall]:
     found = []
     for i, fields in enumerate(content):
         try:
-            found.append(_checked(fields))
+            found.append(checked(fields))
         except ValueError as error:
             raise ValueError(f"shapes is {str(path)!r}, of which entry {i} is {fields!r:.200}: {error}") from error
     return found
 
 
-def _checked(fields: Any) -> TunedCall:
+def checked(fields: Any) -> TunedCall:
+    """The call of these fields; ValueError says what is accepted."""
+
     def need(condition: bool, accepted: str) -> None:
         if not condition:
             raise ValueError(f"accepted is {accepted}")
@@ -139,8 +148,10 @@ def _checked(fields: Any) -> TunedCall:
     for name, spec in tensors.items():
         need(isinstance(spec, dict) and set(spec) == {"shape", "dtype", "layout"}, f"a shape, dtype, layout of {name}")
         shape = spec["shape"]
-        sizes = isinstance(shape, list) and len(shape) > 0 and all(type(n) is int and n > 0 for n in shape)
-        need(sizes, f"a list of integers > 0 as {name}'s shape")
+        sizes = isinstance(shape, list) and len(shape) > 0 and all(type(n) is int and 0 < n < 2**31 for n in shape)
+        need(
+            sizes and math.prod(shape) < 2**40, f"a list of integers > 0 as {name}'s shape, of fewer than 2^40 elements"
+        )
         need(spec["dtype"] in DTYPES, f"a dtype of {', '.join(DTYPES)} of {name}")
         need(spec["layout"] in LAYOUTS, f"a layout of {', '.join(LAYOUTS)} of {name}")
     need(isinstance(options, dict) and set(options) <= set(OPTIONS[op]), f"options of {', '.join(OPTIONS[op])}")

@@ -134,9 +134,11 @@ def run(
     """
     path = Path(path)
     former = {} if again else known(path, gpu)
-    skipped = [job.key for job in jobs if job.key in former and former[job.key].complete]
+    # an entry with another default was found when the heuristic was another
+    known_well = {job.key for job in jobs if job.key in former and former[job.key][2::2] == (job.default, True)}
+    skipped = [job.key for job in jobs if job.key in known_well]
     todo = [job for job in jobs if job.key not in former]
-    todo += [job for job in jobs if job.key in former and not former[job.key].complete]
+    todo += [job for job in jobs if job.key in former and job.key not in known_well]
     start, refused = clock(), 0
     tuned: list[Key] = []
     kept: list[Key] = []

@@ -152,9 +152,16 @@ def write(path: Path, gpu: Gpu, entries: Mapping[Key, Entry]) -> None:
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in header.items()]
     rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(_rows(entries).items())]
     block = "{\n" + ",\n".join(rows) + "\n }" if rows else "{}"
+    text = "{\n" + ",\n".join([*lines, f' "entries": {block}']) + "\n}\n"
+    try:
+        _parse(text, gpu, packaged=False)
+    except Unusable as reason:
+        raise ValueError(
+            f"tuning file {path} is left as it is, for what is to be written could not be read: {reason}"
+        ) from reason
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text("{\n" + ",\n".join([*lines, f' "entries": {block}']) + "\n}\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -163,8 +170,8 @@ def write(path: Path, gpu: Gpu, entries: Mapping[Key, Entry]) -> None:
 def _rows(entries: Mapping[Key, Entry]) -> dict[str, dict[str, Any]]:
     return {
         str(key): {
-            "config": to_json(entry.config), "us": round(entry.seconds * 1e6, 3),
-            "default": to_json(entry.default), "default_us": round(entry.default_seconds * 1e6, 3),
+            "config": to_json(entry.config), "us": max(round(entry.seconds * 1e6, 3), 0.001),
+            "default": to_json(entry.default), "default_us": max(round(entry.default_seconds * 1e6, 3), 0.001),
             "complete": entry.complete,
         }
         for key, entry in entries.items()

@@ -75,48 +75,58 @@ class RelationalConfig:
             raise ValueError(f"RelationalConfig: order is {self.order!r}; accepted are 'first' and 'second'")
 
 
-# (channels, cells) per program: the largest tiles that stay below about 128 registers a thread on sm_90 (read from the
-# machine code), so that two or more programs share a multiprocessor and hide each other's latency.
+# (channels, cells, warps) of a program: few instructions for what it reads and writes, and so few registers that two or
+# more programs share a multiprocessor of sm_90 and hide each other's latency (read from the machine code). The weights
+# of a tile's cells cost the same for few channels as for many, and each warp sums the axes for itself: hence many
+# channels and few warps.
 _REGION = {
-    "gather": ((64, 128), (64, 32)),  # 16-bit, 32-bit
-    "scatter": ((64, 64), (64, 32)),
-    "gather_moments": ((64, 64), (32, 16)),
-    "scatter_moments": ((32, 32), (32, 16)),
-    "dense": ((16, 256), (16, 256)),
-    "dense_moments": ((16, 64), (16, 64)),
+    "gather": ((64, 128, 4), (64, 32, 8)),  # 16-bit, 32-bit
+    "scatter": ((64, 64, 4), (64, 32, 4)),
+    "gather_moments": ((128, 64, 8), (32, 16, 4)),
+    "scatter_moments": ((64, 64, 8), (32, 16, 4)),
+    "dense": ((16, 256, 4), (16, 256, 4)),
+    "dense_moments": ((16, 64, 4), (16, 64, 4)),
 }
-_FILL = 512  # programs that fill a large GPU about twice
+_FILL = 2048  # warps that fill a large GPU, at about 16 a multiprocessor
 
 
 @lru_cache(maxsize=4096)
-def region(kind: str, frames: int, nodes: int, channels: int, cells: int, itemsize: int) -> Config:
+def region(
+    kind: str, frames: int, nodes: int, channels: int, cells: int, itemsize: int, family: str = "nvidia"
+) -> Config:
     """Blocks for a region kernel: `kind` is what it does, see kernels/region.py.
 
-    A program takes all regions up to 64 (32 where it keeps moments or where there are more than 64 to scatter, 16 where
-    it both reads and writes a map, beyond which registers spill), and cells shrink as regions grow, faster where
-    moments are kept; channels shrink while there are too few programs to fill a large GPU. A map of up to 64 cells is
-    one tile, for it is read and written as one run of wide accesses. No block exceeds what its dimension needs, and
-    none falls below the matrix product's least, 16. Four warps work on a small tile, so that a thread's share is still
-    a wide access. Where moments meet float32 products, small tiles or maps of an odd number of cells, the compiler
-    would rather spill a register than run fewer programs at once, unless it is told otherwise.
+    A program takes all regions up to 64 (32 where it keeps moments, writes kernels, or where there are more than 64 to
+    scatter, 16 where it both reads and writes a map, beyond which registers spill), and cells shrink as regions grow,
+    faster where moments are kept or kernels written; channels shrink while there are too few warps to fill a large GPU.
+    A map of up to 64 cells is one tile, for it is read and written as one run of wide accesses. No block exceeds what
+    its dimension needs, and none falls below the matrix product's least, 16. Four warps work on a small tile, and on
+    any of AMD's, whose warps are twice as wide, so that a thread's share is still a wide access. Where moments meet
+    float32 products, small tiles, maps of an odd number of cells or Blackwell, the compiler would rather spill a
+    register than run fewer programs at once, unless it is told otherwise.
     """
-    block_c, block_p = _REGION[kind][itemsize >= 4]
-    most = {"gather_moments": 32, "scatter_moments": 16, "scatter": 64 if nodes <= 64 else 32}.get(kind, 64)
-    block_n = min(most, max(16, _power_of_two(nodes)))
-    shrink = (block_n // 16) ** (2 if kind.endswith("moments") else 1)
+    block_c, block_p, num_warps = _REGION[kind][itemsize >= 4]
+    moments, dense = kind in ("gather_moments", "scatter_moments"), kind.startswith("dense")
+    fits = {"gather_moments": 32, "scatter_moments": 16, "dense": 32, "scatter": 64 if nodes <= 64 else 32}
+    block_n = min(fits.get(kind, 64), max(16, _power_of_two(nodes)))
+    shrink = (block_n // 16) ** (2 if moments or dense else 1)
     whole = max(16, _power_of_two(cells))
-    if shrink == 1 and block_p <= whole <= 64:
-        block_c, block_p = block_c * block_p // whole // (2 if kind == "gather_moments" else 1), whole
+    if shrink == 1 and whole <= 64 and not dense:
+        block_c, block_p, num_warps = 64 if itemsize >= 4 else 128, whole, 8 if moments else 4
+    if shrink > 1 and not dense:  # more regions need more registers
+        num_warps = 8
+    if family == "amd":  # a wavefront is two warps
+        num_warps = min(num_warps, 4)
+    if not dense and cells > 64 and cells % 2 == 1:  # narrow loads, of many addresses
+        block_p //= 2
     block_p = max(16, min(block_p // shrink, whole))
     block_c = max(16, min(block_c, _power_of_two(channels)))
-    while block_c > 16 and frames * -(-channels // block_c) < _FILL:
+    while block_c > 16 and frames * -(-channels // block_c) * num_warps < _FILL:
         block_c //= 2
     tile = block_c * block_p
-    small = tile <= (1024 if kind == "scatter_moments" and itemsize <= 2 else 512)
-    unlimited = kind in ("gather_moments", "scatter_moments") and (
-        tile <= 512 or itemsize >= 4 or (cells > 64 and cells % 2 == 1)
-    )
-    num_warps = 4 if small or kind.startswith("dense") else 8
+    unlimited = moments and (tile <= 1024 or itemsize >= 4 or (cells > 64 and cells % 2 == 1) or family == "blackwell")
+    if tile <= (1024 if shrink == 1 else 512):
+        num_warps = 4
     return Config(block_n, block_c, block_p, num_warps, 255 if unlimited else None)
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..gpu import matmul_precision
+
 SIZES = {
     "region": ("frames", "nodes", "channels", "cells"),
     "relational": ("clips", "t", "h", "w", "queries", "c", "d", "e", "f", "kt", "kh", "kw"),
@@ -38,7 +40,11 @@ class Key(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Key:
         """What str(key) wrote; ValueError for anything else."""
-        found = re.fullmatch(r"(\w+)\.(\w+) (\S+)((?: \w+=[1-9]\d{0,11})+)", text) if isinstance(text, str) else None
+        found = (
+            re.fullmatch(r"(\w+)\.(\w+) (\S+)((?: \w+=[1-9]\d{0,11})+)", text, re.ASCII)
+            if isinstance(text, str)
+            else None
+        )
         if found is not None:
             op, kind, element, sizes = found.groups()
             pairs = [pair.partition("=") for pair in sizes.split()]
@@ -56,7 +62,7 @@ class Key(NamedTuple):
 def element_of(tensor: Tensor) -> str:
     """The element class of `tensor`, under torch's present matmul precision."""
     if tensor.dtype == torch.float32:
-        return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "float32" if matmul_precision() == "highest" else "tf32"
     return "float64" if tensor.dtype == torch.float64 else "16-bit"
 
 

@@ -25,7 +25,7 @@ generation = 0  # of plans: what was planned before it changed is not used after
 _explicit: Path | None = None
 _files: dict[Gpu, list[tuple[str, Path, dict[Key, Entry]]]] = {}
 _found: dict[tuple[Key, torch.device], Any] = {}
-_unfit: set[tuple[Key, torch.device]] = set()
+_unfit: dict[tuple[Key, torch.device], int] = {}  # and the generation in which they were rejected
 _overrides: list[Callable[[Key, Any], Any]] = []  # innermost last
 
 
@@ -144,8 +144,14 @@ def origin_on(key: Key, gpu: Gpu, family: str) -> Origin:
             return Origin(entries[key].config, source, path, key, entries[key])
     for source, path, entries in files:
         for near in by_distance(key, entries)[:1]:
-            return Origin(ROOMS[key.op].fitted(entries[near].config, key), source, path, near, entries[near])
+            return Origin(taken_over(entries[near], key, family), source, path, near, entries[near])
     return Origin(ROOMS[key.op].default(key, family), "heuristic")
+
+
+def taken_over(entry: Entry, key: Key, family: str) -> Any:
+    """What an entry of a similar key says for this one: its config fitted, or the heuristic where it kept its own."""
+    room = ROOMS[key.op]
+    return room.default(key, family) if entry.config == entry.default else room.fitted(entry.config, key, family)
 
 
 def by_distance(key: Key, entries: Mapping[Key, Entry]) -> list[Key]:
@@ -159,26 +165,33 @@ def config(key: Key, tensor: Tensor) -> Any:
     """The config for a launch on `tensor`."""
     found = _found.get((key, tensor.device))
     if found is None:
+        asked = generation
         if (key, tensor.device) in _unfit:
             found = ROOMS[key.op].default(key, family(tensor.device))
         else:
             found = origin(key, tensor.device).config
         for choose in _overrides:
             found = choose(key, found)
-        _found[key, tensor.device] = found
+        if len(_found) >= 4096:
+            _found.clear()
+        if asked == generation:  # else another thread has changed what is in use meanwhile
+            _found[key, tensor.device] = found
     return found
 
 
-def reject(key: Key, device: torch.device, reason: Exception) -> bool:
+def reject(key: Key, device: torch.device, reason: Exception, planned: int) -> bool:
     """Put the config of a file that cannot be launched out of use, and report it; False where it came from elsewhere.
 
-    A nearest key's config was measured on another problem, and a packaged one with another compiler.
+    A nearest key's config was measured on another problem, and a packaged one with another compiler. `planned` is the
+    generation of the launch: one that was planned before another thread rejected the config has that config too.
     """
+    if (key, device) in _unfit:
+        return planned <= _unfit[key, device]
     found = origin(key, device)
-    if _overrides or found.path is None or (key, device) in _unfit:
+    if _overrides or found.path is None:
         return False
     report(found.path, f"it does not fit {key}: {reason}", f", its config for {found.key},")
-    _unfit.add((key, device))
+    _unfit[key, device] = generation
     _renew()
     return True
 

@@ -26,7 +26,7 @@ class Room:
         sources: its kernel files, without .py.
         default: the heuristic, from (key, family of GPUs).
         similar: what of a key decides whether a config fits at all; nearest keys agree in it.
-        fitted: a config of a similar key, made to fit this one's sizes.
+        fitted: a config of a similar key, made to fit this one's sizes; what depends on them alone is the heuristic's.
         steps: configs one step away from a config.
     """
 
@@ -34,7 +34,7 @@ class Room:
     sources: tuple[str, ...]
     default: Callable[[Key, str], Any]
     similar: Callable[[Key], Hashable]
-    fitted: Callable[[Any, Key], Any]
+    fitted: Callable[[Any, Key, str], Any]
     steps: Callable[[Any, Key], Iterator[Any]]
 
 
@@ -58,10 +58,11 @@ def _varied(config: Any, **choices: Any) -> Iterator[Any]:
 
 def _region_default(key: Key, family: str) -> Config:
     frames, nodes, channels, cells = key.sizes
-    return heuristics.region(key.kind, frames, nodes, channels, cells, BYTES[key.element])
+    return heuristics.region(key.kind, frames, nodes, channels, cells, BYTES[key.element], family)
 
 
-def _region_fitted(config: Config, key: Key) -> Config:
+def _region_within(config: Config, key: Key) -> Config:
+    """No block larger than what there is."""
     _, nodes, channels, cells = key.sizes
     return replace(
         config,
@@ -69,6 +70,10 @@ def _region_fitted(config: Config, key: Key) -> Config:
         block_c=min(config.block_c, _power(channels, 16)),
         block_p=min(config.block_p, _power(cells, 16)),
     )
+
+
+def _region_fitted(config: Config, key: Key, family: str) -> Config:
+    return _region_within(replace(config, block_n=_region_default(key, family).block_n), key)
 
 
 def _region_steps(config: Config, key: Key) -> Iterator[Config]:
@@ -84,7 +89,7 @@ def _region_steps(config: Config, key: Key) -> Iterator[Config]:
     for step in found:
         tile = step.block_c * step.block_p
         within = step.block_c >= 16 and step.block_p >= 16 and tile <= 1 << 14 and 2 <= step.num_warps <= 16
-        if within and _region_fitted(step, key) == step:
+        if within and _region_within(step, key) == step:
             yield step
 
 
@@ -100,10 +105,11 @@ def _relational_default(key: Key, family: str) -> RelationalConfig:
 
 def _relational_similar(key: Key) -> Hashable:
     queries, c, d, e, f = key.sizes[4:9]
-    return _power(queries, 8), _power(c, 8), _power(d, 16), _power(e, 8), _power(f, 16)
+    return _power(queries), _power(c, 8), _power(d, 16), _power(e, 8), _power(f, 16)
 
 
-def _relational_fitted(config: RelationalConfig, key: Key) -> RelationalConfig:
+def _relational_within(config: RelationalConfig, key: Key) -> RelationalConfig:
+    """No tile, split or part larger than what there is."""
     clips, t, h, w = key.sizes[:4]
     blocks = clips * -(-(t * h * w) // config.block_p)
     return replace(
@@ -112,6 +118,11 @@ def _relational_fitted(config: RelationalConfig, key: Key) -> RelationalConfig:
         splits=min(config.splits, blocks),
         clips=min(config.clips, clips),
     )
+
+
+def _relational_fitted(config: RelationalConfig, key: Key, family: str) -> RelationalConfig:
+    default = _relational_default(key, family)
+    return _relational_within(replace(config, splits=default.splits, clips=default.clips), key)
 
 
 _USED = {  # which fields a kernel's launch reads
@@ -136,7 +147,7 @@ def _relational_steps(config: RelationalConfig, key: Key) -> Iterator[Relational
     choices["plane"] = [(a, b) for a, b in ((h * 2, w), (h, w * 2), (h // 2, w), (h, w // 2)) if a and b]
     for step in _varied(config, **{name: choices[name] for name in _USED[key.kind].split()}):
         within = step.num_warps <= 16 and step.num_stages <= 4 and math.prod(step.plane) <= 256 and step.block_p <= 128
-        if within and _relational_fitted(step, key) == step:
+        if within and _relational_within(step, key) == step:
             yield step
 
 

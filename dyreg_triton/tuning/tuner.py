@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,13 +17,13 @@ import torch
 from ..gpu import family, gpu_of
 from ..validate import what
 from .ahead import Compilers
-from .calls import DTYPES, PRESETS, TunedCall, load, preset
+from .calls import DTYPES, PRESETS, TunedCall, checked, load, preset
 from .engine import Progress, Refused, Summary, known, run
 from .files import Entry, user_file
 from .keys import ELEMENTS, Key
 from .lookup import by_distance, forget, override
 from .problems import Running, case_of, keys_of
-from .rooms import ROOMS
+from .rooms import ROOMS, to_json
 
 Timer = Callable[[Callable[[], None]], float]
 _TOLERANCE = dict(zip(ELEMENTS, (1e-2, 1e-5, 2e-3, 1e-10), strict=True))
@@ -30,10 +32,32 @@ _INTERPRETED = 3e-2  # of 16 bits: the interpreter stores towards zero
 _MOST = {"region": 32, "relational": 2}
 
 
+class BrokenDevice(RuntimeError):
+    """A candidate left the device in a state in which nothing runs any more."""
+
+
+class Dangerous:
+    """Configs that broke the device, one a line in a file beside the tuning file, for the next run to pass over."""
+
+    def __init__(self, path: Path):
+        self.path = path.with_name(f"{path.name}.dangerous")
+
+    def _line(self, item: tuple[str, Any]) -> str:
+        return json.dumps([item[0], to_json(item[1])])
+
+    def __contains__(self, item: tuple[str, Any]) -> bool:
+        return self.path.is_file() and self._line(item) in self.path.read_text().splitlines()
+
+    def add(self, item: tuple[str, Any]) -> None:
+        """For good, until the file is removed."""
+        with self.path.open("a") as file:
+            file.write(self._line(item) + "\n")
+
+
 class KernelJob:
     """One kernel of a call: tries configs of it in the op itself, whose other kernels have their defaults.
 
-    `running` gives the call at full size on the device, `known` what was found so far.
+    `running` gives the call at full size on the device, `known` what was found so far, `dangerous` what broke it.
     """
 
     def __init__(
@@ -44,10 +68,11 @@ class KernelJob:
         timer: Timer,
         running: Callable[[], Running],
         known: Callable[[], Mapping[Key, Entry]],
-        compilers: Compilers | None = None,
+        compilers: Compilers | None,
+        dangerous: Dangerous,
     ):
         self.call, self.key, self.device, self.timer = call, key, device, timer
-        self.running, self.known, self.compilers = running, known, compilers
+        self.running, self.known, self.compilers, self.dangerous = running, known, compilers, dangerous
         self.room = ROOMS[key.op]
         self.default = self.room.default(key, family(device))
 
@@ -55,8 +80,9 @@ class KernelJob:
         """One step away; from the default first what two similar problems gained by."""
         steps = list(self.room.steps(config, self.key))
         if config == self.default:
-            entries = {key: entry for key, entry in self.known().items() if entry.config != entry.default}
-            others = [self.room.fitted(entries[key].config, self.key) for key in by_distance(self.key, entries)[:2]]
+            gained = {key: entry.config for key, entry in self.known().items() if entry.config != entry.default}
+            near = by_distance(self.key, gained)[:2]
+            others = [self.room.fitted(gained[key], self.key, family(self.device)) for key in near]
             steps = [*(other for other in others if other != config), *steps]
         if self.compilers is not None:
             self.compilers.drop(self.key)
@@ -68,7 +94,7 @@ class KernelJob:
         def choose(key: Key, _: Any) -> Any:
             if key[:2] != self.key[:2]:
                 return ROOMS[key.op].default(key, family(self.device))
-            return config if key == self.key else self.room.fitted(config, key)
+            return config if key == self.key else self.room.fitted(config, key, family(self.device))
 
         return override(choose)
 
@@ -78,21 +104,40 @@ class KernelJob:
 
     def check(self, config: Any) -> None:
         """Outputs and gradients against the float64 reference, in poisoned memory that may not be written to."""
+        if (str(self.key), config) in self.dangerous:
+            raise Refused("it broke the device in an earlier run")
+        try:
+            if self.compilers is not None:
+                self.compilers.wait(self.key, config)
+            self._compare(config)
+        except Exception as error:  # whatever stops a compiler or a launch (too much shared memory), or a comparison
+            self._survived(config, error)
+            raise Refused(f"{type(error).__name__}: {error}"[:500]) from error
+
+    def _survived(self, config: Any, error: Exception) -> None:
+        """End the run if the device answers no more: whatever else is tried in this process would fail too."""
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.device)
+        except Exception as broken:
+            self.dangerous.add((str(self.key), config))
+            raise BrokenDevice(
+                f"{self.key} with {config} broke the device ({error}); what was found before is in the file, and the "
+                "same command goes on without this config"
+            ) from broken
+
+    def _compare(self, config: Any) -> None:
         from .. import ops, reference
         from ..dispatch import backend
         from ..testing import check_call
 
         op = self.call.op
-        if self.compilers is not None:
-            self.compilers.wait(self.key, config)
-        try:
-            with self._with(config), backend("triton"):
-                check_call(
-                    getattr(ops, op), getattr(reference, op), case_of(self.call, _MOST[self.key.op]).call(),
-                    device=self.device, tolerance=self._tolerance(), opcheck=False, repeat=False,
-                )  # fmt: skip
-        except Exception as error:  # whatever stops a compiler or a launch (too much shared memory), or a comparison
-            raise Refused(f"{type(error).__name__}: {error}"[:500]) from error
+        with self._with(config), backend("triton"):
+            check_call(
+                getattr(ops, op), getattr(reference, op), case_of(self.call, _MOST[self.key.op]).call(),
+                device=self.device, tolerance=self._tolerance(), opcheck=False, repeat=False,
+            )  # fmt: skip
 
     def seconds(self, config: Any) -> float:
         """Of all launches of this kernel in one forward and backward."""
@@ -112,8 +157,12 @@ class KernelJob:
         try:
             with self._with(config), backend("triton"), torch.enable_grad(), watched(keep):
                 self.running()()
-            return self.timer(again)
+            found = self.timer(again)
+            if not 0 < found < math.inf:
+                raise ValueError(f"the timer says {found!r} seconds")
+            return found
         except Exception as error:
+            self._survived(config, error)
             raise Refused(f"{type(error).__name__}: {error}"[:500]) from error
 
 
@@ -125,14 +174,22 @@ def device_timer(device: torch.device) -> Timer:
     """
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
+    flushes = 1
+
     def once(work: Callable[[], None]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        nonlocal flushes
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(flushes):
+                flush.zero_()
+            start.record()
+            work()
+            late = start.query()  # the device was there before the host had queued the work: that would be timed too
+            end.record()
+            end.synchronize()
+            if not late or flushes >= 64:
+                return start.elapsed_time(end) / 1e3
+            flushes *= 2
 
     def timer(work: Callable[[], None]) -> float:
         with torch.cuda.device(device):
@@ -191,17 +248,36 @@ def tune(
     if timer is None and chosen.type != "cuda":
         raise RuntimeError(f"tune: on {chosen} kernels are interpreted, whose time says nothing; give a timer")
     gpu = gpu_of(chosen)
-    target = Path(path) if path is not None else user_file(gpu)
-    if jobs is None:
+    target = _writable(path if path is not None else user_file(gpu))
+    if chosen.type != "cuda":
+        jobs = 0  # nothing is compiled
+    elif jobs is None:
         jobs = min(16, max((os.cpu_count() or 1) - 1, 0)) if timer is None else 0
     compilers = Compilers(chosen, jobs) if jobs else None
     try:
-        searches = _jobs(wanted, chosen, timer or device_timer(chosen), lambda: known(target, gpu), compilers)
+        found = Dangerous(target)
+        searches = _jobs(wanted, chosen, timer or device_timer(chosen), lambda: known(target, gpu), compilers, found)
         return run(searches, target, gpu, budget=budget, again=again, progress=progress)
     finally:
         if compilers is not None:
             compilers.close()
         forget()
+
+
+def _writable(path: str | os.PathLike[str]) -> Path:
+    """The path of a file, once it is clear that it can be written: before hours of measuring."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"tune: path is {what(path)}; accepted is the path of a file, or None")
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"tune: path is {str(path)!r}; accepted is a file that can be written: {error}") from error
+    return target
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
@@ -221,14 +297,27 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 def _calls(
     calls: Sequence[TunedCall] | None, shapes: str | os.PathLike[str], ops: Sequence[str] | None, dtypes: Sequence[str]
 ) -> list[TunedCall]:
-    if calls is not None and not all(isinstance(call, TunedCall) for call in calls):
-        raise TypeError(f"tune: calls is {what(calls)}; accepted is a list of TunedCall")
+    if calls is not None:
+        if not isinstance(calls, (list, tuple)) or not all(isinstance(call, TunedCall) for call in calls):
+            raise TypeError(f"tune: calls is {what(calls)}; accepted is a list of TunedCall")
+        for i, call in enumerate(calls):
+            try:
+                checked(call._asdict())
+            except ValueError as error:
+                raise ValueError(f"tune: calls[{i}] is {call}: {error}") from error
+    if not isinstance(shapes, (str, os.PathLike)):
+        raise TypeError(f"tune: shapes is {what(shapes)}; accepted are {', '.join(PRESETS)}, and a path")
     for name, values, accepted in (("ops", ops, tuple(ROOMS)), ("dtypes", dtypes, DTYPES[:3])):
-        if values is not None and (isinstance(values, str) or not values or not set(values) <= set(accepted)):
+        if values is not None and (
+            not isinstance(values, (list, tuple, set)) or not values or any(v not in accepted for v in values)
+        ):
             raise ValueError(f"tune: {name} is {values!r}; accepted are some of {', '.join(accepted)}")
     if calls is None:
         calls = preset(str(shapes), dtypes) if shapes in PRESETS else load(shapes)
-    return [call for call in calls if ops is None or room_of(call.op) in ops]
+    chosen = [call for call in calls if ops is None or room_of(call.op) in ops]
+    if not chosen:
+        raise ValueError(f"tune: calls has none of {ops or 'any op'}: there is nothing to tune")
+    return chosen
 
 
 def room_of(op: str) -> str:
@@ -242,6 +331,7 @@ def _jobs(
     timer: Timer,
     known: Callable[[], Mapping[Key, Entry]],
     compilers: Compilers | None,
+    dangerous: Dangerous,
 ) -> list[KernelJob]:
     """A job for every key, of the first call that has it; the tensors of one call at a time are there."""
     jobs: dict[Key, KernelJob] = {}
@@ -255,7 +345,7 @@ def _jobs(
             return held[i]
 
         for key in keys_of(call, family(device)):
-            jobs.setdefault(key, KernelJob(call, key, device, timer, running, known, compilers))
+            jobs.setdefault(key, KernelJob(call, key, device, timer, running, known, compilers, dangerous))
             if compilers is not None:  # the first begins to compile the call's other kernels too
                 compilers.begin(call, key, jobs[key].default, default=True)
     return list(jobs.values())
