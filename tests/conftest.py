@@ -17,6 +17,15 @@ def device() -> torch.device:
     return DEVICE
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_tuning_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Launches take the heuristic's configs, whatever was tuned on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("DYREG_TRITON_TUNING", raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Every test starts from one seed, on backend "auto" and without TF32, and leaves the backend as it was."""

@@ -41,6 +41,7 @@ from dyreg_triton.gpu import Gpu, family, gpu_of
 from dyreg_triton.launch import watched
 from dyreg_triton.tuning import Config, Key, RelationalConfig, files
 from dyreg_triton.tuning.files import user_file
+from dyreg_triton.tuning.rooms import ROOMS
 
 ITEMSIZE = {"16-bit": 2, "float32": 4, "tf32": 4, "float64": 8}
 DTYPE = {"16-bit": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -173,8 +174,10 @@ def test_order_of_sources(
         return
     assert Path(origin.path) == sources[source]
     assert origin.key == (key() if which == "e" else near[source])
-    assert origin.config == (exact if which == "e" else nearby)[source]
-    assert about_equal({key(): origin.entry}, {key(): entry(origin.config)})
+    said = (exact if which == "e" else nearby)[source]
+    assert about_equal({key(): origin.entry}, {key(): entry(said)})
+    # how many nodes a program takes follows from how many there are
+    assert origin.config == (said if which == "e" else dataclasses.replace(said, block_n=16))
 
 
 @pytest.mark.kernels
@@ -188,11 +191,11 @@ def nearest(asked: Key, held: list[Key]) -> Key | None:
     """As documented, in so many words."""
 
     def padded(some: Key) -> list[int]:
-        """L, C, D, E, F as the kernels pad them."""
+        """L, which decides the order of evaluation, and C, D, E, F as the kernels pad them."""
         if some.op == "region":
             return []
         return [
-            max(least, 1 << (n - 1).bit_length()) for least, n in zip((8, 8, 16, 8, 16), some.sizes[4:9], strict=True)
+            max(least, 1 << (n - 1).bit_length()) for least, n in zip((1, 8, 16, 8, 16), some.sizes[4:9], strict=True)
         ]
 
     def alike(other: Key) -> bool:
@@ -229,7 +232,7 @@ NEAREST: dict[str, tuple[Key, list[Key], Key | None]] = {
     "a smaller map": (rsa_key(), [rsa_key(size=(8, 7, 7)), rsa_key(size=(8, 56, 56))], rsa_key(size=(8, 7, 7))),
     "queries of the same padding": (rsa_key(queries=7), [rsa_key(queries=8)], rsa_key(queries=8)),
     "queries of another padding": (rsa_key(queries=9), [rsa_key(queries=8)], None),
-    "queries up to eight": (rsa_key(queries=1), [rsa_key(queries=5), rsa_key(queries=9)], rsa_key(queries=5)),
+    "fewer queries": (rsa_key(queries=1), [rsa_key(queries=5), rsa_key(queries=9)], None),
     "queries count": (rsa_key(queries=6), [rsa_key(queries=8), rsa_key(queries=5)], rsa_key(queries=5)),
     **{
         f"channels of another padding: {'cdef'[i]}": (
@@ -338,8 +341,22 @@ def test_a_near_config_is_fitted(gpu: Gpu, kind: str, clips: int, size: tuple[in
         assert have <= 1 << (side - 1).bit_length()
     fields = {name: getattr(held, name) for name in ("splits", "clips", "plane")}
     assert dataclasses.replace(found, **fields) == held
+    # how many clips and parts there are follows from the sizes, not from what was measured on others
+    default = ROOMS["relational"].default(rsa_key(clips, size, kind=kind), family(DEVICE))
+    assert (found.splits, found.clips) == (default.splits, default.clips)
     if clips == 8:
-        assert found == dataclasses.replace(held, clips=8)
+        assert found.plane == held.plane
+
+
+@pytest.mark.kernels
+def test_a_near_key_that_kept_its_default_says_to_keep_it(gpu: Gpu) -> None:
+    """Its own config was good for its sizes; what these sizes would have by themselves is the like of it."""
+    kept = config(16)
+    written(user_file(gpu), {key(32): files.Entry(kept, 1e-5, kept, 1e-5, True)}, gpu)
+    origin = tuning.origin(key(), DEVICE)
+    assert (origin.source, origin.key) == ("user", key(32))
+    assert origin.config == ROOMS["region"].default(key(), family(DEVICE))
+    assert tuning.origin(key(32), DEVICE).config == kept
 
 
 @pytest.mark.kernels

@@ -47,7 +47,7 @@ def config(block_c: int = 32, block_p: int = 64, **fields: Any) -> Config:
 
 
 def entry(chosen: Any, seconds: float = 1e-5, *, complete: bool = True, **changes: Any) -> Entry:
-    default = dataclasses.replace(chosen, num_warps=2, **changes)
+    default = dataclasses.replace(chosen, num_warps=4 if chosen.num_warps == 2 else 2, **changes)
     return Entry(chosen, seconds, default, 1.25 * seconds, complete)
 
 
