@@ -24,6 +24,8 @@ from torch import Tensor
 
 import dyreg_triton
 from dyreg_triton.cli import version_of
+from dyreg_triton.gpu import gpu_of
+from dyreg_triton.tuning.lookup import tuned_by
 
 BEYOND_CACHES = {"cuda": 1 << 28, "cpu": 0}  # bytes of inputs that calls take in turns; a CPU's are found as they are
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative, against float64
@@ -173,6 +175,7 @@ class Machine:
             "kind": self.device.type,
             "capability": capability,
             "copy_bandwidth": self.bandwidth,
+            "tuning": tuned_by(gpu_of(self.device)) if self.cuda else [],
             "torch": torch.__version__,
             "triton": version_of("triton"),
             "python": platform.python_version(),

@@ -3,9 +3,11 @@ that run are timed, and without ours there is no row."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from .measure import TOLERANCE, Machine, Times, relative_error, rotated
@@ -105,7 +108,7 @@ def compared(
     `graphs` those that can be captured are replayed as CUDA graphs as well, where there is CUDA.
     """
     # convolutions round float32 to TensorFloat-32 by default, which is not the precision that is compared here
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         errors = _errors(contenders, TOLERANCE[dtype])
         right = {name: c for name, c in contenders.items() if errors.get(name, math.inf) <= TOLERANCE[dtype]}
         if "ours" not in right:
@@ -209,13 +212,15 @@ def line(row: Row) -> str:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row to a JSONL file, whole or not at all.
+    """Add a row to a JSONL file, whole or not at all, while no other process does.
 
     Raises:
         ValueError: the row holds a number that is not finite, which JSON does not have.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    former = path.read_text() if path.exists() else ""
+    line = json.dumps(row, allow_nan=False) + "\n"
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(former + json.dumps(row, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with FileLock(Path(tempfile.gettempdir()) / f"bench-{hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]}.lock"):
+        former = path.read_text() if path.exists() else ""
+        partial.write_text(former + line)
+        os.replace(partial, path)

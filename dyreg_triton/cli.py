@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "tune":
             return command.main(options, lambda factory: _model(factory, arguments))
         print(_swap(options, arguments))
-    except (ValueError, TypeError, RuntimeError) as refusal:
+    except (ValueError, TypeError, RuntimeError, OSError) as refusal:
         print(refusal, file=sys.stderr)
         return 1
     return 0

@@ -26,7 +26,7 @@ MACHINE = {
 COMPARED = {
     "schema", "suite", "op", "part", "label", "mode", "shape", "dtype", "repeats", "seconds", "spread", "speedup",
     "wall_seconds", "wall_spread", "wall_speedup", "floor_bytes", "operations", "matrix_rate", "floor_seconds",
-    "of_floor", "of_matrix_rate", "extra_bytes", "output_bytes", "less_memory", "errors", "tolerance",
+    "of_floor", "of_matrix_rate", "extra_bytes", "output_bytes", "tuning", "less_memory", "errors", "tolerance",
 }  # fmt: skip
 REGIONS = region.Problem(2, 3, 5, 6)
 CLIPS = relational.Problem(2, 3, (2, 3, 4), queries=2, window=(3, 3, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +116,57 @@ def test_what_the_checks_look_at() -> None:
     assert signature([torch.nested.nested_tensor([x, x[:1]])]) is None
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("which", ["x", "gradient"])
+def test_a_sign_that_was_not_yet_applied(which: str) -> None:
+    """torch keeps the imaginary part of a conjugate as its negative, in a bit that a kernel does not see."""
+    negative = torch.complex(torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)).to(DEVICE).conj().imag
+    regions = torch.rand(2, 6, 4, device=DEVICE) + 1
+    assert negative.is_neg()
+    x = negative if which == "x" else torch.randn(2, 3, 4, 5, device=DEVICE)
+    grad = torch.complex(torch.randn(2, 6, 3), torch.randn(2, 6, 3)).to(DEVICE).conj().imag
+    found = {}
+    for name in ("triton", "reference"):
+        leaf = x.detach().requires_grad_()
+        with dt.backend(name):
+            y = dt.ops.region_pool(leaf, regions)
+        found[name] = y, *torch.autograd.grad(y, leaf, grad)
+    for one, other in zip(*found.values(), strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.kernels
+def test_batched_gradients_and_zeros_without_memory() -> None:
+    x, regions = torch.randn(2, 3, 4, 5, device=DEVICE, requires_grad=True), torch.rand(2, 6, 4, device=DEVICE) + 1
+    with dt.backend("triton"):
+        y = dt.ops.region_pool(x, regions)
+        several = torch.randn(3, *y.shape, device=DEVICE)
+        (batched,) = torch.autograd.grad(y, x, several, is_grads_batched=True, retain_graph=True)
+        for one, grad in zip(batched, several, strict=True):
+            assert_close(one, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+        zero = torch._efficientzerotensor(y.shape, device=DEVICE)
+        assert torch.autograd.grad(y, x, zero)[0].eq(0).all()
+        assert dt.ops.region_pool(torch._efficientzerotensor(x.shape, device=DEVICE), regions).eq(0).all()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tf32_by_torchs_newer_settings(dtype: torch.dtype) -> None:
+    """With which torch's older question raises."""
+    code = f"""
+import torch, dyreg_triton as dt
+from dyreg_triton.gpu import matmul_precision
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+assert matmul_precision() == "high"
+x, r = torch.randn(1, 3, 4, 5, dtype={dtype}, device="{DEVICE}"), torch.rand(1, 2, 4, device="{DEVICE}") + 1
+with dt.backend("triton"):
+    dt.ops.region_pool(x, r)
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert matmul_precision() == "highest"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
@@ -170,9 +223,10 @@ class OutOfResources(Exception):
 
 @pytest.mark.kernels
 @pytest.mark.usefixtures("plans")
+@pytest.mark.parametrize("error", [OutOfResources, RuntimeError])
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_config_that_does_not_fit_is_reported_and_the_heuristic_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backward: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backward: bool, error: type[Exception]
 ) -> None:
     """Of the very key and of a nearest one; a call is never lost for it."""
     x, regions = torch.randn(2, 20, 5, 6, device=DEVICE), torch.rand(2, 3, 4, device=DEVICE) + 1
@@ -193,7 +247,7 @@ def test_a_config_that_does_not_fit_is_reported_and_the_heuristic_used(
         real(self, args)
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise OutOfResources("shared memory")
+        raise error("shared memory")
 
     monkeypatch.setattr(launch.Launch, "_launch", limited)
     leaves = x.clone().requires_grad_(), regions.clone().requires_grad_()

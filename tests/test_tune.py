@@ -20,10 +20,12 @@ from tuning_cases import collected, without_files, written
 import dyreg_triton as dt
 from dyreg_triton import tuning
 from dyreg_triton.cli import main
-from dyreg_triton.gpu import Gpu, gpu_of
+from dyreg_triton.gpu import Gpu, family, gpu_of
 from dyreg_triton.launch import Launch, watched
 from dyreg_triton.tuning import Config, Key, TunedCall, calls, files
+from dyreg_triton.tuning.engine import Refused
 from dyreg_triton.tuning.files import user_file
+from dyreg_triton.tuning.problems import Running, case_of, keys_of
 from dyreg_triton.tuning.tuner import KernelJob
 
 
@@ -360,6 +362,40 @@ def test_arguments_that_are_refused(tmp_path: Path, arguments: dict[str, Any], e
     assert not (tmp_path / "a.json").exists()
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("place", ["a folder", "in a file", "/proc/none.json"])
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    path = {"a folder": tmp_path, "in a file": tmp_path / "file" / "a.json"}.get(place, Path(place))
+    with pytest.raises(ValueError, match="path") as refusal:
+        tuning.tune([POOL], path=path, device=DEVICE, timer=lambda run: pytest.fail("it is measured"))
+    assert str(path) in str(refusal.value)
+
+
+def test_a_config_that_breaks_the_device_ends_the_run(tmp_path: Path) -> None:
+    """What is tried after it in this process would fail too; the next run passes it over."""
+    from dyreg_triton.tuning import tuner
+
+    key, config = keys_of(POOL, "nvidia")[0], Config(16, 32, 64)
+    job = object.__new__(tuner.KernelJob)
+    job.key, job.device, job.compilers = key, torch.device("cuda", 0), None
+    job.dangerous = tuner.Dangerous(tmp_path / "a.json")
+    job._compare = mock.Mock(side_effect=RuntimeError("an illegal memory access was encountered"))
+    with mock.patch("torch.cuda.synchronize"), pytest.raises(Refused, match="illegal"):
+        job.check(config)  # the device is well
+    assert not list(tmp_path.iterdir())
+    broken = mock.patch("torch.cuda.synchronize", side_effect=RuntimeError("an illegal memory access"))
+    with broken, pytest.raises(tuner.BrokenDevice, match=re.escape(str(key))):
+        job.check(config)
+    again = object.__new__(tuner.KernelJob)
+    again.key, again.dangerous = key, tuner.Dangerous(tmp_path / "a.json")
+    with pytest.raises(Refused, match="broke"):
+        again.check(config)
+    again._compare, again.compilers = mock.Mock(), None
+    again.check(Config(16, 16, 64))
+    assert again._compare.called
+
+
 # --- recording ------------------------------------------------------------------------------------------------------
 
 
@@ -389,7 +425,7 @@ def test_what_is_recorded() -> None:
     assert kernel.tensors["regions"]["dtype"] == "float64"
     assert again.tensors["x"] == spec(2, 3, 4, 5, dtype="bfloat16")
     assert again.options["profile"] == "linear"
-    assert [call.backward for call in recorded] == [False, True, False, True]
+    assert [call.backward for call in recorded] == [False, ["nodes"], False, ["regions"]]
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference", pytest.param("triton", marks=pytest.mark.kernels)])
@@ -407,7 +443,16 @@ def test_no_gradient_is_no_backward() -> None:
         with torch.no_grad():
             dt.ops.region_pool(x, regions)
         dt.ops.region_pool(x, regions)
-    assert [call.backward for call in recorded] == [False, True]
+    assert [call.backward for call in recorded] == [False, ["x"]]
+
+
+def test_what_is_empty_is_not_recorded() -> None:
+    """It launches nothing."""
+    regions = torch.rand(2, 3, 4)
+    with tuning.recording() as recorded:
+        dt.ops.region_pool(torch.randn(0, 3, 4, 5), regions[:0])
+        dt.ops.region_kernel(regions[:, :0], (4, 5))
+    assert recorded == []
 
 
 def test_recording_through_layers() -> None:
@@ -451,6 +496,59 @@ def test_what_was_recorded_can_be_tuned(tmp_path: Path, gpu: Gpu) -> None:
         dt.ops.region_pool(x, regions).sum().backward()
     tuning.tune(recorded, path=tmp_path / "a.json", device=DEVICE, timer=timer())
     assert set(files.read(tmp_path / "a.json", gpu)) == {launch.key for launch in launches}
+
+
+WANTED = [
+    (POOL, ["x"]), (POOL, ["regions"]), (POOL, ["x", "regions"]), (POOL, []), (REMAP, ["nodes"]), (REMAP, ["regions"]),
+    (REMAP, ["nodes", "regions"]), (KERNEL, ["regions"]), (ATTEND, ["q"]), (ATTEND, ["k"]), (ATTEND, ["v", "p1"]),
+    (ATTEND, ["h1"]), (ATTEND, ["g"]), (ATTEND, list(RSA_SHAPES)),
+]  # fmt: skip
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("call", "wanted"), WANTED, ids=lambda value: value.op if isinstance(value, TunedCall) else "+".join(value)
+)
+@pytest.mark.parametrize("nodes", [2, 20])
+def test_the_keys_of_a_call_are_what_it_launches(call: TunedCall, wanted: list[str], nodes: int) -> None:
+    """Other kernels run where some inputs want no gradient, and where one program cannot hold all regions."""
+    if nodes == 20:
+        if "regions" not in call.tensors:
+            return
+        changed = {n: {**t, "shape": list(t["shape"])} for n, t in call.tensors.items()}
+        for name in ("regions", "nodes"):
+            if name in changed:
+                changed[name]["shape"][1] = nodes
+        call = call._replace(tensors=changed)
+    inputs = Running(call, DEVICE).inputs
+    launches: list[Launch] = []
+    with tuning.recording() as recorded, watched(lambda launch, _: launches.append(launch)), dt.backend("triton"):
+        leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
+        y = getattr(dt.ops, call.op)(**leaves, **case_of(call).call().options)
+        if wanted:
+            y.sum().backward()
+    (found,) = recorded
+    assert [name for name in call.tensors if found.wants(name)] == [name for name in call.tensors if name in wanted]
+    assert set(keys_of(found, family(DEVICE))) == {launch.key for launch in launches}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("wanted", [["x"], ["regions"]], ids="+".join)
+def test_what_runs_without_a_gradient_is_checked_too(tmp_path: Path, gpu: Gpu, wanted: list[str]) -> None:
+    kind = "scatter" if wanted == ["x"] else "gather_moments"
+    place = 3 if wanted == ["x"] else 4  # where the kernel writes
+    call = POOL._replace(backward=wanted)
+    wide = lambda launch: 1e-5 / launch.constants["BLOCK_C"]  # noqa: E731
+    path = tmp_path / "a.json"
+    with spoilt(
+        lambda args: args[place].mul_(1.01), lambda run: run.key.kind == kind and run.constants["BLOCK_C"] > 16
+    ):
+        summary = tuning.tune([call], path=path, device=DEVICE, timer=timer(wide))
+    assert number(summary.refused) >= 1
+    found = {key.kind: entry for key, entry in files.read(path, gpu).items()}
+    assert set(found) == {"gather", kind}
+    assert found[kind].config.block_c == 16
+    assert found["gather"].config.block_c == 32
 
 
 # --- files of calls -------------------------------------------------------------------------------------------------

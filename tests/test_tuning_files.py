@@ -240,6 +240,16 @@ def test_merge_of_nothing_changes_nothing(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("seconds", [math.nan, math.inf])
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, seconds: float) -> None:
+    path = written(tmp_path / "a.json", {key(): config()})
+    before = path.read_bytes()
+    for wrong in ({key(0): config()}, {key(2): entry(config())._replace(seconds=seconds)}):
+        with pytest.raises(ValueError, match=r"a\.json"):
+            files.merge(path, GPU, {k: e if isinstance(e, files.Entry) else entry(e) for k, e in wrong.items()})
+        assert path.read_bytes() == before
+
+
 def test_kernel_hash_is_of_the_text() -> None:
     hashes = [kernel_hash(op) for op in ("region", "relational")]
     assert len(set(hashes)) == 2

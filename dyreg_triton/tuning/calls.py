@@ -39,13 +39,17 @@ class TunedCall(NamedTuple):
         op: "region_pool", "region_remap", "region_kernel" or "relational_attention".
         tensors: by name {"shape": [...], "dtype": "bfloat16", "layout": "contiguous" or "channels_last"}.
         options: its other arguments by name, such as {"profile": "linear"} or {"eps": 1e-6}.
-        backward: whether its backward runs too.
+        backward: whether its backward runs too, or the names of the tensors that want a gradient where not all do.
     """
 
     op: str
     tensors: Mapping[str, Mapping[str, Any]]
     options: Mapping[str, Any]
-    backward: bool
+    backward: bool | list[str]
+
+    def wants(self, *names: str) -> bool:
+        """Whether the gradient of one of these tensors is wanted."""
+        return any(name in self.tensors and (self.backward is True or name in (self.backward or ())) for name in names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
@@ -83,11 +87,16 @@ def note(op: str, tensors: Mapping[str, Tensor | None], **options: Any) -> None:
         op,
         {name: _spec(name, t, op) for name, t in there.items()},
         {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
-        torch.is_grad_enabled() and any(t.requires_grad for t in there.values()),
+        _wanted(there),
     )
     for found in recorders:
         if call not in found:
             found.append(call)
+
+
+def _wanted(tensors: Mapping[str, Tensor]) -> bool | list[str]:
+    names = [name for name, t in tensors.items() if t.requires_grad] if torch.is_grad_enabled() else []
+    return len(names) == len(tensors) or names or False
 
 
 def _spec(name: str, t: Tensor, op: str) -> dict[str, Any]:
@@ -155,7 +164,9 @@ def checked(fields: Any) -> TunedCall:
         need(spec["dtype"] in DTYPES, f"a dtype of {', '.join(DTYPES)} of {name}")
         need(spec["layout"] in LAYOUTS, f"a layout of {', '.join(LAYOUTS)} of {name}")
     need(isinstance(options, dict) and set(options) <= set(OPTIONS[op]), f"options of {', '.join(OPTIONS[op])}")
-    need(isinstance(fields["backward"], bool), "true or false for backward")
+    wanted = fields["backward"]
+    names = isinstance(wanted, list) and all(isinstance(n, str) and n in tensors for n in wanted) and wanted != []
+    need(isinstance(wanted, bool) or names, "true, false or names of tensors for backward")
     call = TunedCall(op, tensors, options, fields["backward"])
     _take(call)
     return call

@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser, factory: Any, shape: Any, dev
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES[:3], help="of the presets (bfloat16 float32), or of the model (its own)"
     )
+    parser.add_argument(
+        "--precision", choices=("highest", "high", "medium"),
+        help="torch's float32 matmul precision: high and medium are TF32, which is tuned apart (torch's own)",
+    )  # fmt: skip
     parser.add_argument("--budget", type=seconds, metavar="5m", help="stop after this long (no limit)")
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="processes that compile ahead (one for each core but one)"
@@ -63,9 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser, factory: Any, shape: Any, dev
 
 def main(options: argparse.Namespace, model: Callable[[str], Any]) -> int:
     """Run the command; `model` makes what --from names. Returns the exit status."""
+    import torch
+
     from .. import tuning
     from .tuner import usable_device
 
+    if options.precision is not None:
+        torch.set_float32_matmul_precision(options.precision)
     if options.show:
         print(_shown(options, model))
         return 0
@@ -159,8 +167,9 @@ def _recorded(options: argparse.Namespace, make: Callable[[str], Any], device: A
         inputs = [torch.randn(shape).to(first).requires_grad_() for shape in options.example]
         try:
             with recording() as recorded, torch.enable_grad():
-                results = model(*inputs)
-                sum(t.sum() for t in _tensors(results) if t.requires_grad).backward()
+                outputs = [t for t in _tensors(model(*inputs)) if t.requires_grad]
+                if outputs:
+                    torch.autograd.backward([t.sum() for t in outputs])
         except Exception as failure:
             raise ValueError(
                 f"{options.factory} does not run on inputs of {options.example}: {type(failure).__name__}: {failure}"

@@ -130,6 +130,11 @@ def _sources(gpu: Gpu) -> list[tuple[str, Path, dict[Key, Entry]]]:
     return _files[gpu]
 
 
+def tuned_by(gpu: Gpu) -> list[str]:
+    """The files that lookups for this GPU read, as "source: name"; none where only the heuristic is there."""
+    return [f"{source}: {path.name}" for source, path, _ in _sources(gpu)]
+
+
 def origin(key: Key, device: torch.device | str) -> Origin:
     """The config for `key` on `device`, and where it comes from."""
     device = torch.device(device)

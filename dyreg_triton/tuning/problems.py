@@ -32,11 +32,15 @@ def keys_of(call: TunedCall, family: str) -> list[Key]:
     if call.op == "region_kernel":
         return [key("dense")] + ([key("dense_moments", 16)] if call.backward else [])
     if call.op == "region_remap":
-        return [key("scatter")] + ([key("gather_moments")] if call.backward else [])
+        backward = [key("gather_moments" if call.wants("regions") else "gather")] if call.backward else []
+        return [key("scatter"), *backward]
     fused = key("scatter_moments")
     one_pass = nodes <= ROOMS["region"].default(fused, family).block_n
-    backward = [fused] if one_pass else [key("scatter"), key("gather_moments")]
-    return [key("gather")] + (backward if call.backward else [])
+    if call.wants("x") and call.wants("regions"):
+        backward = [fused] if one_pass else [key("scatter"), key("gather_moments")]
+    else:
+        backward = [key("scatter")] * call.wants("x") + [key("gather_moments")] * call.wants("regions")
+    return [key("gather"), *backward]
 
 
 def _relational_keys(call: TunedCall, feature: Tensor) -> list[Key]:
@@ -46,8 +50,11 @@ def _relational_keys(call: TunedCall, feature: Tensor) -> list[Key]:
     f = call.shape("g")[0] if "g" in call.tensors else e
     kinds = ["pack", "forward"]
     if call.backward:
-        kinds += ["backward", *(["fold_keys"] if "k" in call.tensors else []), "fold_values"]
-        kinds += [*(["by_h1"] if {"h1", "p1"} & set(call.tensors) else []), "by_h2"]
+        needed = {
+            "backward": True, "fold_keys": call.wants("k"), "fold_values": call.wants("v"),
+            "by_h1": call.wants("h1", "p1"), "by_h2": call.wants("h2", "g", "identity"),
+        }  # fmt: skip
+        kinds += [kind for kind, wanted in needed.items() if wanted]
     sizes = (size[0], size[1], size[2]), queries, (c, d, e, f), (window[0], window[1], window[2])
     return [relational_key(kind, clips, *sizes, feature) for kind in kinds]
 
@@ -95,7 +102,7 @@ class Running:
         given = case_of(call).call()
         self.inputs = {name: self._tensor(name, spec, call, device) for name, spec in given.tensors.items()}
         self.op, self.options = getattr(ops, call.op), given.options
-        self.backward = call.backward
+        self.call = call
 
     @staticmethod
     def _tensor(name: str, spec: Any, call: TunedCall, device: torch.device) -> Tensor:
@@ -108,7 +115,8 @@ class Running:
         return t
 
     def __call__(self) -> None:
-        leaves = {name: t.detach().requires_grad_(self.backward) for name, t in self.inputs.items()}
+        leaves = {name: t.detach().requires_grad_(self.call.wants(name)) for name, t in self.inputs.items()}
         out = self.op(**leaves, **self.options)
-        if self.backward:
-            torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        if wanted:
+            torch.autograd.grad(out, wanted, torch.ones_like(out))

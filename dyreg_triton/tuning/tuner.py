@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -127,15 +128,24 @@ class KernelJob:
                 "same command goes on without this config"
             ) from broken
 
+    def _of(self, module: ModuleType) -> Callable[..., Any]:
+        """The op there, as this call uses it: what wants no gradient has none, for other kernels run then."""
+        op, call = getattr(module, self.call.op), self.call
+
+        def run(**arguments: Any) -> Any:
+            fixed = [] if call.backward in (True, False) else [name for name in call.tensors if not call.wants(name)]
+            return op(**{name: a.detach() if name in fixed else a for name, a in arguments.items()})
+
+        return run
+
     def _compare(self, config: Any) -> None:
         from .. import ops, reference
         from ..dispatch import backend
         from ..testing import check_call
 
-        op = self.call.op
         with self._with(config), backend("triton"):
             check_call(
-                getattr(ops, op), getattr(reference, op), case_of(self.call, _MOST[self.key.op]).call(),
+                self._of(ops), self._of(reference), case_of(self.call, _MOST[self.key.op]).call(),
                 device=self.device, tolerance=self._tolerance(), opcheck=False, repeat=False,
             )  # fmt: skip
 
@@ -246,7 +256,9 @@ def tune(
         raise ValueError(f"tune: jobs is {what(jobs)}; accepted is a number of processes from 0 to 256, or None")
     chosen = usable_device(device)
     if timer is None and chosen.type != "cuda":
-        raise RuntimeError(f"tune: on {chosen} kernels are interpreted, whose time says nothing; give a timer")
+        raise RuntimeError(
+            f"tune: device is {str(chosen)!r}, where kernels are interpreted, not timed; accepted is a GPU"
+        )
     gpu = gpu_of(chosen)
     target = _writable(path if path is not None else user_file(gpu))
     if chosen.type != "cuda":
