@@ -119,7 +119,7 @@ def test_pictures_are_shown_and_small() -> None:
         assert (DOCS / name).stat().st_size < 150_000, name
 
 
-@pytest.mark.parametrize("module", [dt.ops, dt.layers, testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [dt.ops, dt.layers, dt.tuning, testing], ids=lambda module: module.__name__)
 def test_public_names_are_documented(module: object) -> None:
     text = text_of()
     assert [name for name in module.__all__ if not re.search(rf"\b{name}\b", text)] == []  # type: ignore[attr-defined]
@@ -133,6 +133,7 @@ def test_public_names_are_documented(module: object) -> None:
         ("region.md", (dt.ops.region_pool, dt.ops.region_remap, dt.ops.region_kernel)),
         ("rsa.md", (dt.layers.RSA.__init__, dt.layers.RSA.kernels)),
         ("relational.md", (dt.ops.relational_attention, dt.reference.vanilla_relational_attention)),
+        ("tuning.md", (dt.tuning.tune, dt.tuning.use.__init__)),
         ("testing.md", (testing.check_op, testing.Call.__init__, testing.TensorSpec.__init__, testing.mismatch)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
