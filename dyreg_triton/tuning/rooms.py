@@ -26,6 +26,7 @@ class Room:
         sources: its kernel files, without .py.
         default: the heuristic, from (key, family of GPUs).
         similar: what of a key decides whether a config fits at all; nearest keys agree in it.
+        within: a config with nothing larger than the sizes of a key.
         fitted: a config of a similar key, made to fit this one's sizes; what depends on them alone is the heuristic's.
         steps: configs one step away from a config.
     """
@@ -34,6 +35,7 @@ class Room:
     sources: tuple[str, ...]
     default: Callable[[Key, str], Any]
     similar: Callable[[Key], Hashable]
+    within: Callable[[Any, Key], Any]
     fitted: Callable[[Any, Key, str], Any]
     steps: Callable[[Any, Key], Iterator[Any]]
 
@@ -153,11 +155,12 @@ def _relational_steps(config: RelationalConfig, key: Key) -> Iterator[Relational
 
 ROOMS = {
     "region": Room(
-        Config, ("common", "profiles", "region"), _region_default, lambda key: (), _region_fitted, _region_steps
+        Config, ("common", "profiles", "region"), _region_default, lambda key: (), _region_within, _region_fitted,
+        _region_steps,
     ),
     "relational": Room(
         RelationalConfig, ("common", "relational", "relational_gradients"), _relational_default, _relational_similar,
-        _relational_fitted, _relational_steps,
+        _relational_within, _relational_fitted, _relational_steps,
     ),
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ class KernelJob:
         def choose(key: Key, _: Any) -> Any:
             if key[:2] != self.key[:2]:
                 return ROOMS[key.op].default(key, family(self.device))
-            return config if key == self.key else self.room.fitted(config, key, family(self.device))
+            return config if key == self.key else self.room.within(config, key)
 
         return override(choose)
 
