@@ -156,11 +156,9 @@ def checked(fields: Any) -> TunedCall:
     need(named, f"the tensors {must} of {op}" + (f", and those of {may} that there are" if may else ""))
     for name, spec in tensors.items():
         need(isinstance(spec, dict) and set(spec) == {"shape", "dtype", "layout"}, f"a shape, dtype, layout of {name}")
-        shape = spec["shape"]
-        sizes = isinstance(shape, list) and len(shape) > 0 and all(type(n) is int and 0 < n < 2**31 for n in shape)
-        need(
-            sizes and math.prod(shape) < 2**40, f"a list of integers > 0 as {name}'s shape, of fewer than 2^40 elements"
-        )
+        shape = spec["shape"] if isinstance(spec["shape"], (list, tuple)) else ()
+        sizes = len(shape) > 0 and all(type(n) is int and 0 < n < 2**31 for n in shape)
+        need(sizes and math.prod(shape) < 2**40, f"a list of integers > 0, below 2^40 in all, as {name}'s shape")
         need(spec["dtype"] in DTYPES, f"a dtype of {', '.join(DTYPES)} of {name}")
         need(spec["layout"] in LAYOUTS, f"a layout of {', '.join(LAYOUTS)} of {name}")
     need(isinstance(options, dict) and set(options) <= set(OPTIONS[op]), f"options of {', '.join(OPTIONS[op])}")
@@ -187,7 +185,7 @@ def _take(call: TunedCall) -> None:
             relational_arguments(call.op, dict.fromkeys((*must, *may)) | tensors, call.options.get("eps"))
         else:
             size = call.options.get("size")
-            tensors["size"] = tuple(size) if isinstance(size, list) else size
+            tensors["size"] = tuple(size) if isinstance(size, (list, tuple)) else size
             profile, temperature = call.options.get("profile", "linear"), call.options.get("temperature", 1.0)
             regions = tensors.pop("regions")
             region_arguments(call.op, regions, profile, temperature, **tensors)
