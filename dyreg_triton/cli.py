@@ -195,6 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "tune":
             return command.main(options, lambda factory: _model(factory, arguments))
         print(_swap(options, arguments))
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, RuntimeError, OSError) as refusal:
         print(refusal, file=sys.stderr)
         return 1

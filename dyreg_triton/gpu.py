@@ -40,10 +40,14 @@ def gpu_of(device: torch.device) -> Gpu:
 
     if interpreted():
         return Gpu("interpreter", "interpreted", 227 * 1024)
+    try:
+        active = driver.active
+    except RuntimeError as error:
+        raise RuntimeError(f"no kernel runs on {device} here: {error}") from error
     with device_of(device):
-        target = driver.active.get_current_target()
+        target = active.get_current_target()
         if device.type == "cuda":
-            shared = driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
+            shared = active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
             name = torch.cuda.get_device_name(device)
         else:  # a stand-in of the driver: nothing runs
             shared, name = 0, f"no GPU, compiled for {target.backend} {target.arch}"

@@ -15,6 +15,10 @@ SIZES = {
     "region": ("frames", "nodes", "channels", "cells"),
     "relational": ("clips", "t", "h", "w", "queries", "c", "d", "e", "f", "kt", "kh", "kw"),
 }
+KINDS = {
+    "region": ("gather", "scatter", "gather_moments", "scatter_moments", "dense", "dense_moments"),
+    "relational": ("pack", "forward", "backward", "fold_keys", "fold_values", "by_h1", "by_h2"),
+}
 ELEMENTS = ("16-bit", "float32", "tf32", "float64")
 BYTES = dict(zip(ELEMENTS, (2, 4, 4, 8), strict=True))
 
@@ -23,7 +27,7 @@ class Key(NamedTuple):
     """One kernel on one problem: `region.gather 16-bit frames=160 nodes=9 channels=512 cells=196`.
 
     Attributes:
-        op, kind: the op, and which of its kernels.
+        op, kind: the op, and which of KINDS[op].
         element: one of ELEMENTS: bytes of an element, and how float32 is multiplied.
         sizes: those of SIZES[op], in that order.
     """
@@ -48,7 +52,11 @@ class Key(NamedTuple):
         if found is not None:
             op, kind, element, sizes = found.groups()
             pairs = [pair.partition("=") for pair in sizes.split()]
-            if element in ELEMENTS and tuple(name for name, _, _ in pairs) == SIZES.get(op):
+            if (
+                kind in KINDS.get(op, ())
+                and element in ELEMENTS
+                and tuple(name for name, _, _ in pairs) == SIZES.get(op)
+            ):
                 return cls(op, kind, element, tuple(int(size) for _, _, size in pairs))
         raise ValueError(
             f"key is {text!r}; accepted is such as 'region.gather 16-bit frames=160 nodes=9 channels=512 cells=196'"

@@ -136,7 +136,12 @@ def tuned_by(gpu: Gpu) -> list[str]:
 
 
 def origin(key: Key, device: torch.device | str) -> Origin:
-    """The config for `key` on `device`, and where it comes from."""
+    """The config for `key` on `device`, and where it comes from.
+
+    Raises TypeError for what is no `Key`, and RuntimeError where no kernel runs on the device.
+    """
+    if not isinstance(key, Key):
+        raise TypeError(f"origin: key is {what(key)}; accepted is a dyreg_triton.tuning.Key")
     device = torch.device(device)
     return origin_on(key, gpu_of(device), family(device))
 
