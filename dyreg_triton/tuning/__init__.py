@@ -5,11 +5,15 @@ its config from the explicit file (`dt.tuning.use`, or the one that DYREG_TRITON
 comes with the library for the GPU, or the heuristic, in this order.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .calls import TunedCall, recording
 from .heuristics import RELATIONAL_LIMIT, Config, RelationalConfig, region, relational
 from .keys import Key, region_key, relational_key
 from .lookup import Origin, config, forget, origin, override, use
-from .tuner import tune
+
+if TYPE_CHECKING:
+    from .tuner import tune
 
 __all__ = [
     "RELATIONAL_LIMIT",
@@ -30,3 +34,12 @@ __all__ = [
     "tune",
     "use",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`tune`, which needs the ops, which need this package."""
+    if name != "tune":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module(f"{__name__}.tuner").tune
