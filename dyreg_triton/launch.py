@@ -163,10 +163,12 @@ def planned(make: Callable[..., T], tensors: tuple[Tensor | None, ...], *options
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
+        asked = lookup.generation
         plan = make(*tensors, *options)
         if len(_plans) >= _MOST:
             _plans.clear()
-        _plans[key] = plan
+        if asked == lookup.generation:  # else another thread has changed what is in use meanwhile
+            _plans[key] = plan
     return plan
 
 
