@@ -14,13 +14,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, Protocol
-from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
 
-from dyreg_triton import launch
+from dyreg_triton.tuning import ahead
 
 from .machine_code import Code, inspect
 
@@ -33,45 +31,16 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes
 
 
-class _Driver:
-    """Answers what a launch asks of a driver; each target has a device id, hence a kernel cache, of its own."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.name]
-
-    def get_current_device(self) -> int:
-        return 1000 + list(TARGETS).index(self.name)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def compiling(target: str) -> Iterator[list[Code]]:
     """Inside, launches on meta tensors compile for `target` and append their `Code` to the list."""
     codes: list[Code] = []
-    run = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if hasattr(compiled, "result"):
-            compiled = compiled.result()
-        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+    def seen(_: Any, compiled: Any, given: dict[str, Any], grid: tuple[int, ...]) -> None:
         codes.append(dataclasses.replace(inspect(compiled, target), programs=math.prod(grid), given=given))
-        return compiled
 
-    former = driver._active
-    driver.set_active(_Driver(target))
-    launch.forget()  # what was planned for another target
-    try:
-        with mock.patch.object(JITFunction, "run", compile_only):
-            yield codes
-    finally:
-        driver._active = former
-        launch.forget()
+    with ahead.compiling(TARGETS[target], 1000 + list(TARGETS).index(target), seen):
+        yield codes
 
 
 DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 with torch's matmul precision at "high"

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -99,22 +99,29 @@ class Compilers:
 class _Driver:
     """Answers what a launch asks of Triton's driver, for a target that this process does not touch."""
 
-    def __init__(self, target: Any):
-        self.target = target
+    def __init__(self, target: Any, device: int):
+        self.target, self.device = target, device
 
     def get_current_target(self) -> Any:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
+Seen = Callable[[Any, Any, dict[str, Any], tuple[int, ...]], None]
+
+
 @contextlib.contextmanager
-def _compiling(target: Any) -> Iterator[None]:
-    """Inside, launches on tensors without data compile for `target`, and no more."""
+def compiling(target: Any, device: int = 0, seen: Seen | None = None) -> Iterator[None]:
+    """Inside, launches on tensors without data compile for a `GPUTarget`, and no more.
+
+    Triton keeps the kernels of each `device`, a number, apart. `seen` gets each kernel, what it was compiled to, its
+    arguments by name, and its grid.
+    """
     from triton.runtime import JITFunction, driver
 
     from .. import dispatch, launch
@@ -122,11 +129,16 @@ def _compiling(target: Any) -> Iterator[None]:
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if hasattr(compiled, "result"):
+            compiled = compiled.result()
+        if seen is not None:
+            seen(self, compiled, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}, grid)
+        return compiled
 
     former = driver._active
-    driver.set_active(_Driver(target))
-    launch.forget()
+    driver.set_active(_Driver(target, device))
+    launch.forget()  # what was planned for another target
     try:
         with (
             mock.patch.object(JITFunction, "run", compile_only),
@@ -155,7 +167,7 @@ def compile_task(task: dict[str, Any]) -> None:
         return config if k[:2] == key[:2] else ROOMS[k.op].default(k, family)
 
     torch.set_float32_matmul_precision(task["precision"])
-    with _compiling(GPUTarget(*task["target"])):
+    with compiling(GPUTarget(*task["target"])):
         family = family_of(device)
         with override(choose), backend("triton"), torch.enable_grad():
             Running(TunedCall(**task["call"]), device)()
