@@ -206,6 +206,11 @@ def test_a_plan_is_made_once_for_each_signature() -> None:
     assert len(made) == 10
 
 
+def test_an_override_that_is_no_function_is_refused() -> None:
+    with pytest.raises(TypeError, match="choose is 3"), tuning.override(3):
+        pass
+
+
 @pytest.mark.usefixtures("plans")
 def test_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST", 3)

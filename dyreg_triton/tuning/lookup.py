@@ -208,7 +208,12 @@ def reject(key: Key, device: torch.device, reason: Exception, planned: int) -> b
 
 @contextlib.contextmanager
 def override(choose: Callable[[Key, Any], Any]) -> Iterator[None]:
-    """Inside, a launch gets `choose(key, config)`, config being what it would have got: for trying configs out."""
+    """Inside, a launch gets `choose(key, config)`, config being what it would have got: for trying configs out.
+
+    Raises TypeError where choose is no function.
+    """
+    if not callable(choose):
+        raise TypeError(f"override: choose is {what(choose)}; accepted is a function of (key, config)")
     _overrides.append(choose)
     _renew()
     try:
