@@ -11,7 +11,6 @@ Tap i of an axis of k taps lies at i - k // 2: centred where k is odd; where it 
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor
 
 from .. import reference, tuning
 from ..autocast import autocast_is_on, lowered
-from ..dispatch import choose, current_backend
 from ..eager import relational as eager
 from ..tuning import calls
-from ..validate import describe
 from ..validate.relational import relational_arguments
-from .custom import once_only, op, refuse_transforms, signature
+from .checked import beyond, checked, choose_within
+from .custom import once_only, op, refuse_transforms
 from .relational_launches import Problem, backward, empty_gradients, forward, output_shapes
+
+_OP = "relational_attention"
 
 
 def relational_attention(
@@ -73,64 +73,31 @@ def relational_attention(
         RuntimeError: the backend asked for cannot run here.
     """
     tensors = {"q": q, "k": k, "v": v, "h2": h2, "h1": h1, "p1": p1, "g": g, "identity": identity}
-    beyond = _checked(tensors, eps)
+    too_large = checked(_OP, lambda: _beyond(tensors, eps), tensors.values(), eps)
     given: list[Any] = [q, k, v, h2, h1, p1, g, identity]
     if autocast_is_on(q.device.type):
         given = [None if t is None else lowered(t) for t in given]
     problem = Problem._make([*given, None if eps is None else float(eps)])
-    name = _backend(problem, beyond, tensors)
+    name = choose_within(_OP, problem.q, too_large, tuning.RELATIONAL_LIMIT, tensors)
     if calls.recorders:
-        calls.note("relational_attention", dict(zip(tensors, problem.signature(), strict=True)), eps=problem.eps)
+        calls.note(_OP, dict(zip(tensors, problem.signature(), strict=True)), eps=problem.eps)
     if name == "reference":
         options: dict[str, Any] = dict(zip(Problem._fields[3:], problem[3:], strict=True))
         return reference.relational_attention(*problem[:3], **options)
     if name == "eager":
         return eager.relational_attention(*problem)
     there = [t for t in problem[:8] if t is not None]
-    refuse_transforms("relational_attention", *there)
+    refuse_transforms(_OP, *there)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in there)
     return _attend(*problem, save)[0].transpose(1, 2)
 
 
-_good: dict[tuple, list[str]] = {}  # calls that passed the checks, and what of them is beyond the kernels
-
-
-def _checked(tensors: dict[str, Any], eps: Any) -> list[str]:
-    """Check a call, unless one like it was good before; the sizes that are beyond the kernels, in words."""
-    call = signature(tensors.values(), type(eps), eps) if eps is None or type(eps) in (float, int) else None
-    known = None if call is None else _good.get(call)
-    if known is not None:
-        return known
-    relational_arguments("relational_attention", tensors, eps)
+def _beyond(tensors: dict[str, Any], eps: Any) -> list[str]:
+    """Check a call; the sizes that are beyond the kernels, in words."""
+    relational_arguments(_OP, tensors, eps)
     given = Problem(**tensors, eps=eps)
     sizes = dict(zip("LCDEFM", (given.q.shape[1], *given.channels, given.taps), strict=True))
-    beyond = [f"{letter} = {size}" for letter, size in sizes.items() if size > tuning.RELATIONAL_LIMIT[letter]]
-    if call is not None and not autocast_is_on(given.q.device.type):  # under autocast dtypes may differ
-        if len(_good) >= 4096:
-            _good.clear()
-        _good[call] = beyond
-    return beyond
-
-
-def _backend(problem: Problem, beyond: list[str], tensors: dict[str, Tensor | None]) -> str:
-    """The backend of a call; for sizes beyond the kernels "auto" takes eager, and says so."""
-    name = choose("relational_attention", problem.q, tensors)
-    if name != "triton" or not beyond:
-        return name
-    limits = ", ".join(f"{letter} <= {size}" for letter, size in tuning.RELATIONAL_LIMIT.items())
-    message = f"relational_attention: {', '.join(beyond)}; accepted on the triton backend is {limits}"
-    if current_backend() == "triton":
-        call = {name: t for name, t in tensors.items() if t is not None}
-        raise ValueError(f'{message}; dyreg_triton.backend("eager") takes any; call: {describe(call)}')
-    _say(f"{message}; the eager backend computes this call")
-    return "eager"
-
-
-def _say(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
-
-
-_say._dynamo_marked_constant = True  # type: ignore[attr-defined]  # when compiling: once, while tracing
+    return beyond(sizes, tuning.RELATIONAL_LIMIT)
 
 
 # --- the Triton path: an op is schema, implementation, fake, autograd, and a backward op of its own ---------

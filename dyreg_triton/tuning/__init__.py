@@ -8,7 +8,7 @@ comes with the library for the GPU, or the heuristic, in this order.
 from typing import TYPE_CHECKING, Any
 
 from .calls import TunedCall, recording
-from .heuristics import RELATIONAL_LIMIT, Config, RelationalConfig, region, relational
+from .heuristics import BILINEAR_LIMIT, RELATIONAL_LIMIT, Config, RelationalConfig, region, relational
 from .keys import Key, region_key, relational_key
 from .lookup import Origin, config, forget, origin, override, use
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .tuner import tune
 
 __all__ = [
+    "BILINEAR_LIMIT",
     "RELATIONAL_LIMIT",
     "Config",
     "Key",

@@ -18,12 +18,14 @@ from ..validate import what
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LAYOUTS = ("contiguous", "channels_last")
 TENSORS = {  # of each op: those that there must be, and those that there may be
+    "bilinear_transform": (("x", "p", "q"), ("t",)),
     "region_pool": (("x", "regions"), ()),
     "region_remap": (("nodes", "regions"), ()),
     "region_kernel": (("regions",), ()),
     "relational_attention": (("q", "v", "h2"), ("k", "h1", "p1", "g", "identity")),
 }
-OPTIONS = {
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "bilinear_transform": (),
     "region_pool": ("profile", "temperature"),
     "region_remap": ("size", "profile", "temperature"),
     "region_kernel": ("size", "profile", "temperature"),

@@ -130,6 +130,7 @@ def region(
     return Config(block_n, block_c, block_p, num_warps, 255 if unlimited else None)
 
 
+BILINEAR_LIMIT = {"Sh": 128, "Sw": 128, "Ts": 64}
 RELATIONAL_LIMIT = {"L": 16, "C": 128, "D": 128, "E": 128, "F": 128, "M": 65536}
 _WIDTHS = (8, 16, 32, 64, 128)
 

@@ -1,0 +1,121 @@
+"""Bilinear attentional transform (BAT, Chi et al.): Y = P X Q in each group of channels and frame, then over time.
+
+With a = H / Sh, b = W / Sw and d = T / Ts, and channel c in group g(c) of p and q and in group h(c) of t:
+
+    z[c, f] = kron(P, I_a) x[c, f] kron(Q, I_b)     P = p[g(c), f] (Sh, Sh), Q = q[g(c), f] (Sw, Sw)
+    y[c, :, n] = kron(R, I_d) z[c, :, n]            R = t[h(c)] (Ts, Ts), at every position n
+
+so P acts on coarse rows and leaves the place of a row within its coarse row alone, and Q and R do alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference, tuning
+from ..autocast import lowered
+from ..eager import bilinear as eager
+from ..layouts import clip_format
+from ..tuning import calls
+from ..validate.bilinear import bilinear_arguments
+from .bilinear_launches import backward, empty_gradients, forward
+from .checked import beyond, checked, choose_within
+from .custom import once_only, op, refuse_transforms
+
+_OP = "bilinear_transform"
+
+
+def bilinear_transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None = None) -> Tensor:
+    """Grouped bilinear attentional transform, y = P x Q in each frame, and then a product over time.
+
+        z[c, f] = kron(P, I) x[c, f] kron(Q, I),    y[c, :, n] = kron(R, I) z[c, :, n]
+
+    with P = p[g(c), f], Q = q[g(c), f] and R = t[h(c)]: groups are runs of channels, g(c) = c // (C / G) and
+    h(c) = c // (C / Gt). kron(P, I) is P written out to H rows: row i a + u takes row j a + u with weight P[i, j].
+
+    Args:
+        x: (B, C, T, H, W), any strides; float16, bfloat16, float32, or float64 (not on a GPU's Triton path).
+        p: (B, G, T, Sh, Sh), G a divisor of C and Sh of H; x's dtype or float32.
+        q: (B, G, T, Sw, Sw), Sw a divisor of W; likewise.
+        t: (B, Gt, Ts, Ts), Gt a divisor of C and Ts of T; likewise. None: y = z.
+
+    Every argument is differentiable, and each gradient has its input's dtype. Triton takes Sh and Sw up to 128 and Ts
+    up to 64; beyond, "auto" takes eager and warns.
+
+    Returns:
+        y (B, C, T, H, W) in x's dtype; channels last where x has them last, else contiguous. Sums accumulate in
+        float32 (float64 for float64). Under autocast x is cast to its dtype; p, q and t are not.
+
+    Raises:
+        TypeError: an argument that is no tensor, or of a dtype not named above.
+        ValueError: a wrong rank, shape or device; sizes that do not divide.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    tensors = {"x": x, "p": p, "q": q, "t": t}
+    too_large = checked(_OP, lambda: _beyond(tensors), tensors.values())
+    x = lowered(x)
+    name = choose_within(_OP, x, too_large, tuning.BILINEAR_LIMIT, tensors)
+    if calls.recorders:
+        calls.note(_OP, tensors | {"x": x})
+    if name == "reference":
+        return reference.bilinear_transform(x, p, q, t)
+    if name == "eager":
+        return eager.bilinear_transform(x, p, q, t)
+    refuse_transforms(_OP, *[a for a in (x, p, q, t) if a is not None])
+    return _transform(x, p, q, t)
+
+
+def _beyond(tensors: dict[str, Any]) -> list[str]:
+    """Check a call; the sizes that are beyond the kernels, in words."""
+    bilinear_arguments(_OP, tensors)
+    sizes = {"Sh": tensors["p"].shape[-1], "Sw": tensors["q"].shape[-1]}
+    if tensors["t"] is not None:
+        sizes["Ts"] = tensors["t"].shape[-1]
+    return beyond(sizes, tuning.BILINEAR_LIMIT)
+
+
+# --- the Triton path: an op is schema, implementation, fake, autograd, and a backward op of its own ---------
+
+
+@op("bilinear_transform")
+def _transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None) -> Tensor:
+    y = torch.empty_like(x, memory_format=clip_format(x))
+    if x.shape[0]:
+        forward(x, p, q, t, y)
+    return y
+
+
+@_transform.register_fake
+def _(x, p, q, t):
+    return torch.empty_like(x, memory_format=clip_format(x))
+
+
+@op("bilinear_transform_backward")
+def _transform_backward(
+    dy: Tensor, x: Tensor, p: Tensor, q: Tensor, t: Tensor | None, needs: list[bool]
+) -> list[Tensor]:
+    if x.shape[0] == 0:
+        return empty_gradients(x, p, q, t, needs)
+    return backward(dy, x, p, q, t, needs)
+
+
+@_transform_backward.register_fake
+def _(dy, x, p, q, t, needs):
+    return empty_gradients(x, p, q, t, needs)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple:
+    needs = list(ctx.needs_input_grad)
+    gradients = _transform_backward(dy, *ctx.saved_tensors, needs)
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+
+
+_transform.register_autograd(_autograd, _setup)
+once_only(_transform_backward, "bilinear_transform")
