@@ -7,18 +7,11 @@ is another without a copy, and so is T, since frames lead. Arguments are checked
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..autocast import full_precision
-from ..layouts import clip_format
-
-
-def units(channels: int, *groups: int) -> int:
-    """Into how many runs of channels of one length the boundaries of all groupings cut them."""
-    return channels // math.gcd(*(channels // n for n in groups))
+from ..layouts import clip_format, units
 
 
 def _of_units(matrices: Tensor, count: int) -> Tensor:

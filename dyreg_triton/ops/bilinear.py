@@ -21,7 +21,7 @@ from ..eager import bilinear as eager
 from ..layouts import clip_format
 from ..tuning import calls
 from ..validate.bilinear import bilinear_arguments
-from .bilinear_launches import backward, empty_gradients, forward
+from .bilinear_launches import Problem, backward, empty_gradients, forward
 from .checked import beyond, checked, choose_within
 from .custom import once_only, op, refuse_transforms
 
@@ -84,7 +84,7 @@ def _beyond(tensors: dict[str, Any]) -> list[str]:
 def _transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None) -> Tensor:
     y = torch.empty_like(x, memory_format=clip_format(x))
     if x.shape[0]:
-        forward(x, p, q, t, y)
+        forward(Problem(x, p, q, t), y)
     return y
 
 
@@ -97,14 +97,15 @@ def _(x, p, q, t):
 def _transform_backward(
     dy: Tensor, x: Tensor, p: Tensor, q: Tensor, t: Tensor | None, needs: list[bool]
 ) -> list[Tensor]:
+    problem = Problem(x, p, q, t)
     if x.shape[0] == 0:
-        return empty_gradients(x, p, q, t, needs)
-    return backward(dy, x, p, q, t, needs)
+        return [gradient.zero_() for gradient in empty_gradients(problem, needs)]
+    return backward(problem, dy, needs)
 
 
 @_transform_backward.register_fake
 def _(dy, x, p, q, t, needs):
-    return empty_gradients(x, p, q, t, needs)
+    return empty_gradients(Problem(x, p, q, t), needs)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

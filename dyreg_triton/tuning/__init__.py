@@ -8,8 +8,17 @@ comes with the library for the GPU, or the heuristic, in this order.
 from typing import TYPE_CHECKING, Any
 
 from .calls import TunedCall, recording
-from .heuristics import BILINEAR_LIMIT, RELATIONAL_LIMIT, Config, RelationalConfig, region, relational
-from .keys import Key, region_key, relational_key
+from .heuristics import (
+    BILINEAR_LIMIT,
+    RELATIONAL_LIMIT,
+    BilinearConfig,
+    Config,
+    RelationalConfig,
+    bilinear,
+    region,
+    relational,
+)
+from .keys import Key, bilinear_key, region_key, relational_key
 from .lookup import Origin, config, forget, origin, override, use
 
 if TYPE_CHECKING:
@@ -18,11 +27,14 @@ if TYPE_CHECKING:
 __all__ = [
     "BILINEAR_LIMIT",
     "RELATIONAL_LIMIT",
+    "BilinearConfig",
     "Config",
     "Key",
     "Origin",
     "RelationalConfig",
     "TunedCall",
+    "bilinear",
+    "bilinear_key",
     "config",
     "forget",
     "origin",

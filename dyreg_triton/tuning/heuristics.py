@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from ..layouts import units
+
 
 @dataclass(frozen=True)
 class Config:
@@ -130,7 +132,6 @@ def region(
     return Config(block_n, block_c, block_p, num_warps, 255 if unlimited else None)
 
 
-BILINEAR_LIMIT = {"Sh": 128, "Sw": 128, "Ts": 64}
 RELATIONAL_LIMIT = {"L": 16, "C": 128, "D": 128, "E": 128, "F": 128, "M": 65536}
 _WIDTHS = (8, 16, 32, 64, 128)
 
@@ -258,3 +259,83 @@ def relational(
         splits=max(1, min(blocks, (2 if family == "interpreted" else 256) // programs)),
         clips=max(1, min(clips, -(-16384 // positions))),
     )
+
+
+BILINEAR_LIMIT = {"Sh": 128, "Sw": 128, "Ts": 64}
+_JOINT = 64  # coarse cells up to which kron(P, Q^T) is one tensor-core tile
+_TILE = 4096  # elements of a program's tile, of 4 warps
+_MIXED = 16384  # and of all frames of a phase, of 8 warps: 64 registers a thread
+
+
+@dataclass(frozen=True)
+class BilinearConfig:
+    """Block sizes of one launch of the bilinear transform.
+
+    `block_n`: columns of a tile, each with all coarse cells.
+    `steps`: how many tiles, one after the other, a program transforms by the same matrices.
+    `joint`: whether kron(P, Q^T) is made and multiplied by, or Q and P one after the other.
+    `fused`: whether frames are mixed in the same pass.
+    """
+
+    block_n: int = 16
+    steps: int = 1
+    joint: bool = True
+    fused: bool = True
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name, most in (("block_n", 4096), ("num_warps", 32)):
+            value = getattr(self, name)
+            if not 0 < value <= most or value & (value - 1):
+                raise ValueError(f"BilinearConfig: {name} is {value!r}; accepted is a power of two up to {most}")
+        for name in ("steps", "num_stages"):
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"BilinearConfig: {name} is {getattr(self, name)!r}; accepted is an integer > 0")
+
+
+def padded_cells(cells: tuple[int, int], joint: bool) -> tuple[int, int]:
+    """Coarse rows and columns as powers of two: together sixteen or more where joint, else each; products need that."""
+    rows, columns = (_power_of_two(n) for n in cells)
+    if not joint:
+        return max(rows, 16), max(columns, 16)
+    while rows * columns < 16:
+        rows, columns = (rows, columns * 2) if columns <= rows else (rows * 2, columns)
+    return rows, columns
+
+
+@lru_cache(maxsize=4096)
+def bilinear(
+    kind: str, shape: tuple[int, int, int, int, int], groups: int, cells: tuple[int, int], mixes: int, ts: int,
+    family: str = "nvidia",
+) -> BilinearConfig:  # fmt: skip
+    """Blocks for a kernel of the bilinear transform.
+
+    Args:
+        kind: "forward", "backward", the same with "_mixed", which mix frames too, "mix" or "mix_backward".
+        shape: (B, C, T, H, W).
+        groups, cells: G and (Sh, Sw).
+        mixes, ts: Gt and Ts; 1 and 1 where frames are not mixed.
+        family: "nvidia", "blackwell" or "amd"; or "interpreted", where few programs are the fastest.
+    """
+    clips, channels, frames, height, width = shape
+    count = units(channels, groups, mixes)
+    if kind.startswith("mix"):
+        positions = channels // count * height * width
+        block = max(16, min(_TILE // max(_power_of_two(ts), 16), _power_of_two(positions)))
+        return BilinearConfig(block_n=block)
+    rows, columns = (_power_of_two(n) for n in cells)
+    joint = max(rows * columns, 16) <= _JOINT
+    tile = math.prod(padded_cells(cells, joint))
+    wide = channels // count * (height // cells[0]) * (width // cells[1])
+    least = 16 if joint else 1  # the other products have more columns: those of every coarse row
+    if kind.endswith("mixed"):
+        held = tile * _power_of_two(ts)
+        fused = held * least <= _MIXED
+        block = max(least, min(_MIXED // held, 64, _power_of_two(wide)))
+        return BilinearConfig(block, 1, joint, fused, 8 if held * block > 8192 else 4)
+    block = max(least, min(_TILE // tile, _power_of_two(wide)))
+    tiles = -(-wide // block)
+    enough = 1 if family == "interpreted" else 1024  # programs for a large GPU
+    steps = max(1, min(tiles, clips * count * frames * tiles // enough))
+    return BilinearConfig(block, steps, joint, True, 4 if tile * block <= 2 * _TILE else 8)

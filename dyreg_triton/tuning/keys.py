@@ -12,10 +12,12 @@ from torch import Tensor
 from ..gpu import matmul_precision
 
 SIZES = {
+    "bilinear": ("clips", "channels", "t", "h", "w", "groups", "sh", "sw", "mixes", "ts"),
     "region": ("frames", "nodes", "channels", "cells"),
     "relational": ("clips", "t", "h", "w", "queries", "c", "d", "e", "f", "kt", "kh", "kw"),
 }
 KINDS = {
+    "bilinear": ("forward", "backward", "forward_mixed", "backward_mixed", "mix", "mix_backward"),
     "region": ("gather", "scatter", "gather_moments", "scatter_moments", "dense", "dense_moments"),
     "relational": ("pack", "forward", "backward", "fold_keys", "fold_values", "by_h1", "by_h2"),
 }
@@ -72,6 +74,13 @@ def element_of(tensor: Tensor) -> str:
     if tensor.dtype == torch.float32:
         return "float32" if matmul_precision() == "highest" else "tf32"
     return "float64" if tensor.dtype == torch.float64 else "16-bit"
+
+
+def bilinear_key(
+    kind: str, shape: tuple[int, ...], groups: int, cells: tuple[int, int], mixes: int, ts: int, tensor: Tensor
+) -> Key:
+    """A kernel of the bilinear transform of a clip of `shape`; arguments as `heuristics.bilinear`'s."""
+    return Key("bilinear", kind, element_of(tensor), (*shape, groups, *cells, mixes, ts))
 
 
 def region_key(kind: str, frames: int, nodes: int, channels: int, cells: int, tensor: Tensor) -> Key:

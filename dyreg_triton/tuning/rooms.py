@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..layouts import units
 from . import heuristics
-from .heuristics import Config, RelationalConfig
+from .heuristics import BilinearConfig, Config, RelationalConfig, padded_cells
 from .keys import BYTES, Key
 
 
@@ -153,7 +154,66 @@ def _relational_steps(config: RelationalConfig, key: Key) -> Iterator[Relational
             yield step
 
 
+# --- bilinear -------------------------------------------------------------------------------------------------------
+
+
+def _bilinear_default(key: Key, family: str) -> BilinearConfig:
+    clips, channels, t, h, w, groups, sh, sw, mixes, ts = key.sizes
+    return heuristics.bilinear(key.kind, (clips, channels, t, h, w), groups, (sh, sw), mixes, ts, family)
+
+
+def _bilinear_similar(key: Key) -> Hashable:
+    """How many elements a column has decides what fits."""
+    sh, sw, _, ts = key.sizes[6:]
+    return _power(sh), _power(sw), _power(ts)
+
+
+def _bilinear_wide(key: Key) -> int:
+    """How many columns there are."""
+    _, channels, _, h, w, groups, sh, sw, mixes, _ = key.sizes
+    return channels // units(channels, groups, mixes) * (h * w if key.kind.startswith("mix") else (h // sh) * (w // sw))
+
+
+def _bilinear_within(config: BilinearConfig, key: Key) -> BilinearConfig:
+    """No tile wider than what there is, and no more steps than tiles."""
+    least = 16 if config.joint or key.kind.startswith("mix") else 1
+    wide = _bilinear_wide(key)
+    block = max(least, min(config.block_n, _power(wide)))
+    return replace(config, block_n=block, steps=min(config.steps, -(-wide // block)))
+
+
+def _bilinear_fitted(config: BilinearConfig, key: Key, family: str) -> BilinearConfig:
+    return _bilinear_within(replace(config, steps=_bilinear_default(key, family).steps), key)
+
+
+def _bilinear_steps(config: BilinearConfig, key: Key) -> Iterator[BilinearConfig]:
+    n = config.block_n
+    choices: dict[str, Any] = {
+        "block_n": (n * 2, n // 2),
+        "num_warps": (config.num_warps * 2, config.num_warps // 2),
+        "num_stages": (config.num_stages + 1, config.num_stages - 1),
+    }
+    sh, sw, _, ts = key.sizes[6:]
+    if not key.kind.startswith("mix"):
+        choices["joint"] = (True, False)
+        if key.kind.endswith("mixed"):
+            choices["fused"] = (True, False)
+        else:
+            choices["steps"] = (config.steps * 2, config.steps // 2)
+    for step in _varied(config, **choices):
+        down, across = padded_cells((sh, sw), step.joint)
+        tile = (16 if key.kind.startswith("mix") else down * across) * step.block_n
+        held = tile * (_power(ts) if key.kind.endswith("mixed") and step.fused else 1)
+        within = step.num_warps <= 16 and step.num_stages <= 4 and held <= 1 << 15
+        if within and not (step.joint and down * across > 256) and _bilinear_within(step, key) == step:
+            yield step
+
+
 ROOMS = {
+    "bilinear": Room(
+        BilinearConfig, ("common", "bilinear"), _bilinear_default, _bilinear_similar, _bilinear_within,
+        _bilinear_fitted, _bilinear_steps,
+    ),
     "region": Room(
         Config, ("common", "profiles", "region"), _region_default, lambda key: (), _region_within, _region_fitted,
         _region_steps,
@@ -191,7 +251,7 @@ def from_json(op: str, fields: Any) -> Any:
     defaults = {field.name: field.type for field in dataclasses.fields(kind)}
     for name, value in values.items():
         accepted = {
-            "int": type(value) is int, "int | None": value is None or type(value) is int,
+            "int": type(value) is int, "bool": type(value) is bool, "int | None": value is None or type(value) is int,
             "str": isinstance(value, str),
             "tuple[int, int]": isinstance(value, tuple) and len(value) == 2 and all(type(n) is int for n in value),
         }  # fmt: skip

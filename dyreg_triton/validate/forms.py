@@ -15,7 +15,7 @@ class Call:
 
     def __init__(self, op: str, tensors: Mapping[str, Tensor | None], **options: object):
         self.op = op
-        self.shown: dict[str, object] = {name: t for name, t in (tensors | options).items() if t is not None}
+        self.shown: dict[str, object] = {name: t for name, t in {**tensors, **options}.items() if t is not None}
 
     def fail(self, name: str, has: str, accepted: str, error: type[Exception] = ValueError) -> NoReturn:
         raise error(f"{self.op}: {name} {has}; accepted is {accepted}; call: {describe(self.shown)}")
