@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 
-def clip_format(x: Tensor) -> torch.memory_format:
-    """Of a result like clip x (B, C, T, H, W): channels last where x has them last, else contiguous."""
-    last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    return torch.channels_last_3d if last else torch.contiguous_format
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Of a result like x, an image (B, C, H, W) or a clip: channels last where x has them last, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
 
 
 def units(channels: int, *groups: int) -> int:

@@ -167,20 +167,24 @@ def cells_first(tile, CELLS: tl.constexpr, N: tl.constexpr):
 def across(tile, by_column, CELLS: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
     """Each row of (ROWS, columns * COLS) times Q."""
-    flat = tl.reshape(tile, (CELLS[2] * N, CELLS[3]))
-    flat = dot(flat, by_column, tl.zeros((CELLS[2] * N, CELLS[3]), ACC), OPERAND, PRECISION)
-    return tl.reshape(flat, (CELLS[2], N * CELLS[3]))
+    ROWS: tl.constexpr = CELLS[2]
+    COLS: tl.constexpr = CELLS[3]
+    flat = tl.reshape(tile, (ROWS * N, COLS))
+    flat = dot(flat, by_column, tl.zeros((ROWS * N, COLS), ACC), OPERAND, PRECISION)
+    return tl.reshape(flat, (ROWS, N * COLS))
 
 
 @triton.jit
 def transform(tile, first, second, scale, CELLS: tl.constexpr, N: tl.constexpr, JOINT: tl.constexpr, ACC: tl.constexpr,
               PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
     """z of a tile: by kron(P, Q^T), `first`, or by Q, `second`, and P, `first`."""
+    ROWS: tl.constexpr = CELLS[2]
+    COLS: tl.constexpr = CELLS[3]
     if JOINT:
-        z = dot(first, tile, tl.zeros((CELLS[2] * CELLS[3], N), ACC), OPERAND, PRECISION)
+        z = dot(first, tile, tl.zeros((ROWS * COLS, N), ACC), OPERAND, PRECISION)
     else:
         rows = across(rows_first(tile, CELLS, N), second, CELLS, N, ACC, OPERAND, PRECISION)
-        rows = dot(first, rows, tl.zeros((CELLS[2], N * CELLS[3]), ACC), OPERAND, PRECISION)
+        rows = dot(first, rows, tl.zeros((ROWS, N * COLS), ACC), OPERAND, PRECISION)
         z = cells_first(rows, CELLS, N)
     if OPERAND == tl.float16:
         z = z * scale
@@ -264,22 +268,24 @@ def gradients(tile, grad, first, second, p_scale, q_scale, by_first, by_second, 
               JOINT: tl.constexpr, NEED_X: tl.constexpr, NEED_PQ: tl.constexpr, ACC: tl.constexpr,
               PRECISION: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
     """dx of a tile from the gradient of its z, and the sums for `first` and `second` with this tile's share."""
+    ROWS: tl.constexpr = CELLS[2]
+    COLS: tl.constexpr = CELLS[3]
     by_tile = grad
     if JOINT:
         if NEED_X:
-            by_tile = dot(tl.trans(first), grad, tl.zeros((CELLS[2] * CELLS[3], N), ACC), OPERAND, PRECISION)
+            by_tile = dot(tl.trans(first), grad, tl.zeros((ROWS * COLS, N), ACC), OPERAND, PRECISION)
         if NEED_PQ:
             by_first = dot(grad, tl.trans(tile), by_first, OPERAND, PRECISION)
     else:
         grad = rows_first(grad, CELLS, N)
-        back = dot(tl.trans(first), grad, tl.zeros((CELLS[2], N * CELLS[3]), ACC), OPERAND, PRECISION)
+        back = dot(tl.trans(first), grad, tl.zeros((ROWS, N * COLS), ACC), OPERAND, PRECISION)
         if NEED_X:
             by_tile = cells_first(across(back, tl.trans(second), CELLS, N, ACC, OPERAND, PRECISION), CELLS, N)
         if NEED_PQ:
             rows = rows_first(tile, CELLS, N)
             moved = across(rows, second, CELLS, N, ACC, OPERAND, PRECISION)
-            rows = tl.reshape(rows, (CELLS[2] * N, CELLS[3]))
-            back = tl.reshape(back, (CELLS[2] * N, CELLS[3]))
+            rows = tl.reshape(rows, (ROWS * N, COLS))
+            back = tl.reshape(back, (ROWS * N, COLS))
             if OPERAND == tl.float16:
                 by_first += dot(grad, tl.trans(moved), tl.zeros_like(by_first), OPERAND, PRECISION) * q_scale
                 by_second += dot(tl.trans(rows), back, tl.zeros_like(by_second), OPERAND, PRECISION) * p_scale
@@ -294,10 +300,12 @@ def gradients(tile, grad, first, second, p_scale, q_scale, by_first, by_second, 
 @triton.jit
 def zero_sums(CELLS: tl.constexpr, JOINT: tl.constexpr, ACC: tl.constexpr):
     """Of what `gradients` adds to."""
+    ROWS: tl.constexpr = CELLS[2]
+    COLS: tl.constexpr = CELLS[3]
     if JOINT:
-        return tl.zeros((CELLS[2] * CELLS[3], CELLS[2] * CELLS[3]), ACC), tl.zeros((CELLS[3], CELLS[3]), ACC)
+        return tl.zeros((ROWS * COLS, ROWS * COLS), ACC), tl.zeros((COLS, COLS), ACC)
     else:
-        return tl.zeros((CELLS[2], CELLS[2]), ACC), tl.zeros((CELLS[3], CELLS[3]), ACC)
+        return tl.zeros((ROWS, ROWS), ACC), tl.zeros((COLS, COLS), ACC)
 
 
 @triton.jit

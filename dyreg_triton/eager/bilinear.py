@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
-from ..layouts import clip_format, units
+from ..layouts import memory_format, units
 
 
 def _of_units(matrices: Tensor, count: int) -> Tensor:
@@ -39,4 +39,4 @@ def bilinear_transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None = None)
         if t is not None:
             z = _of_units(t.to(wide), count) @ z.reshape(batch, count, t.shape[-1], -1)
         z = z.view(batch, count, frames, down, channels // count, height // down, width).permute(0, 1, 4, 2, 3, 5, 6)
-        return z.reshape(x.shape).to(x.dtype).contiguous(memory_format=clip_format(x))
+        return z.reshape(x.shape).to(x.dtype).contiguous(memory_format=memory_format(x))

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import reference, tuning
 from ..autocast import lowered
 from ..eager import bilinear as eager
-from ..layouts import clip_format
+from ..layouts import memory_format
 from ..tuning import calls
 from ..validate.bilinear import bilinear_arguments
 from .bilinear_launches import Problem, backward, empty_gradients, forward
@@ -82,7 +82,7 @@ def _beyond(tensors: dict[str, Any]) -> list[str]:
 
 @op("bilinear_transform")
 def _transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None) -> Tensor:
-    y = torch.empty_like(x, memory_format=clip_format(x))
+    y = torch.empty_like(x, memory_format=memory_format(x))
     if x.shape[0]:
         forward(Problem(x, p, q, t), y)
     return y
@@ -90,7 +90,7 @@ def _transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None) -> Tensor:
 
 @_transform.register_fake
 def _(x, p, q, t):
-    return torch.empty_like(x, memory_format=clip_format(x))
+    return torch.empty_like(x, memory_format=memory_format(x))
 
 
 @op("bilinear_transform_backward")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..launch import Launch, MapLayout, accumulator, map_layout, planned, precision, wider
-from ..layouts import clip_format, units
+from ..layouts import memory_format, units
 from ..tuning.heuristics import padded_cells
 
 
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 def empty_gradients(problem: Problem, needs: list[bool]) -> list[Tensor]:
     """Where the gradients go, in the order of the arguments; empty tensors for those not needed."""
     x = problem.x
-    by_x = torch.empty_like(x, memory_format=clip_format(x)) if needs[0] else x.new_empty(0)
+    by_x = torch.empty_like(x, memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
     wanted = [m if need else None for m, need in zip(problem[1:], needs[1:], strict=True)]
     return [by_x] + [x.new_empty(0) if m is None else m.new_empty(m.shape) for m in wanted]
 
@@ -157,7 +157,7 @@ def backward(problem: Problem, dy: Tensor, needs: list[bool]) -> list[Tensor]:
         return _backward_in_passes(problem, dy, needs)
     launch, shapes = plan
     wide = wider(x.dtype)
-    by_x = torch.empty_like(x, memory_format=clip_format(x)) if needs[0] else x.new_empty(0)
+    by_x = torch.empty_like(x, memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
     rows = [x.new_empty(shape, dtype=wide) for shape in shapes]
     launch(dy, x, p, q, x if t is None else t, by_x if needs[0] else x, *rows)
     sums = [_summed(r, m) if need else x.new_empty(0) for r, m, need in zip(rows, problem[1:], needs[1:], strict=True)]
@@ -181,7 +181,7 @@ def _plan_backward(dy: Tensor, *given: Any) -> tuple[Launch, list[tuple[int, ...
     need_pq = need_p or need_q
     dy_strides, dy_form = _layout(dy)
     x_strides, x_form = _layout(x)
-    dx_strides, dx_form = _layout(torch.empty_like(x, memory_format=clip_format(x), device="meta")) if need_x else (
+    dx_strides, dx_form = _layout(torch.empty_like(x, memory_format=memory_format(x), device="meta")) if need_x else (
         x_strides, x_form
     )  # fmt: skip
     launch = Launch(
@@ -199,7 +199,7 @@ def _backward_in_passes(problem: Problem, dy: Tensor, needs: list[bool]) -> list
     """The same where the frames of a phase do not fit on chip: frames are unmixed first, into a clip of their own."""
     x, t = problem.x, problem.t
     assert t is not None
-    back = torch.empty_like(x, memory_format=clip_format(x))
+    back = torch.empty_like(x, memory_format=memory_format(x))
     if needs[3]:
         forward(problem.unmixed(), back)
     mix, shape = planned(_plan_mix, (back, dy, t), True, needs[3])

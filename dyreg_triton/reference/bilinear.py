@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision
-from ..layouts import clip_format
+from ..layouts import memory_format
 from ..validate.bilinear import bilinear_arguments
 
 
@@ -30,4 +30,4 @@ def bilinear_transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None = None)
         if t is not None:
             y = y.unflatten(1, (t.shape[1], -1))
             y = torch.einsum("bgst,bgcthw->bgcshw", _written_out(t.to(wide), frames), y).flatten(1, 2)
-        return y.to(x.dtype).contiguous(memory_format=clip_format(x))
+        return y.to(x.dtype).contiguous(memory_format=memory_format(x))

@@ -35,7 +35,8 @@ def swap(
 ) -> SwapReport:
     """Replace every published module in `model` by this library's, in place.
 
-    Published modules (RSA, DynamicGraphWrapper, DynamicGraph and RSTG of the authors' code, under these or other names)
+    Published modules (RSA, DynamicGraphWrapper, DynamicGraph, RSTG, BATBlock, BATransform, NONLocalBlock1D to 3D and
+    NonLocal of the authors' code, under these or other names)
     are known by their class name or parts; their settings are read from their attributes, and ours is built from them.
     It takes over the very same parameters, buffers, submodules, hooks, parametrizations, mode and plain attributes, so
     an optimizer, a DDP wrapper or a handle that was made before still works, and state_dict keys stay. Before anything
@@ -74,7 +75,7 @@ def swap(
         report = SwapReport(model, rows, tuple(result.left), tuple(result.already))
         if not rows:
             if not result.already:
-                looked_for = tuple(family.name for family in families() if family.settings)
+                looked_for = tuple(dict.fromkeys(family.name for family in families() if family.settings))
                 raise SwapError(f"swap: {nothing(report, looked_for)}", report)
             return report
         place = Place(model, result.pairs, [(item.theirs, item.ours) for item in result.found])

@@ -1,0 +1,261 @@
+"""Bilinear attentional transform layers (BAT: Chi et al., 'Non-Local Neural Networks with Grouped Bilinear Attentional
+Transforms', CVPR 2020)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..autocast import full_precision
+from ..pretrained import Pretrained
+from ..validate import choice, is_integer, layer_input, positive_int, what
+from .leaves import tensor_of
+from .windows import Axis, cut, cut_alike, extended, normalised
+
+NORMALISATIONS = ("softmax", "sigmoid")
+AXES = ("input", "output")
+RULES = ("weight", "logit")
+REMAINDERS = ("repeat", "refuse")
+
+
+class Matrices(NamedTuple):
+    """What the op is called with: p (B, G, T, mh, mh), q (B, G, T, mw, mw), and t (B, Gt, mt, mt) or None."""
+
+    p: Tensor
+    q: Tensor
+    t: Tensor | None
+
+
+def convolution(dimensions: int) -> Any:
+    """The convolution over so many dimensions."""
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+
+
+def _pointwise(inputs: int, outputs: int, dimensions: int) -> nn.Sequential:
+    """A 1x1 convolution, batch norm and ReLU, with the published names."""
+    norm = nn.BatchNorm2d if dimensions == 2 else nn.BatchNorm3d
+    return nn.Sequential(convolution(dimensions)(inputs, outputs, 1), norm(outputs), nn.ReLU(inplace=True))
+
+
+def start(module: nn.Module, norm_weight: float) -> None:
+    """The published start: convolutions of Kaiming's variance without bias, norms of this weight."""
+    for part in module.modules():
+        if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)):
+            nn.init.constant_(part.weight, norm_weight)
+            nn.init.zeros_(part.bias)
+
+
+def clip_input(op: str, x: Any, layer: nn.Module, channels: int, dimensions: int) -> None:
+    """Check the input of a layer over `dimensions`; only the batch may be empty."""
+    sizes = ("L", "H, W", "T, H, W")[dimensions - 1]
+    form = f"(B, {channels}, {sizes}) for in_channels {channels}, {sizes.replace(', W', ' and W')} > 0"
+    layer_input(op, "x", x, tensor_of(layer), (None, channels, *[None] * dimensions), form)
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{op}: x is {what(x)}; accepted is {form}")
+
+
+class BATransform(Pretrained):
+    """Grouped bilinear attentional transform of a clip or an image.
+
+    A map of few channels, conv1(x), is max-pooled to its coarse rows and columns; a convolution over a window of these
+    predicts each group's P and Q in each frame, and one over the average of each frame a matrix R over time. Then
+
+        z = kron(P, I) x kron(Q, I) in each frame,   y[f'] = sum_f kron(R, I)[f', f] z[f],   and conv2(y)
+
+    Any map at least as large as a window is taken; how coarse cells and windows lie is in `layers/windows.py`.
+    Parameters have the published names and shapes.
+
+    Args:
+        in_channels: channels of x, a multiple of groups and of temporal_groups.
+        window: s, coarse rows and columns of a window.
+        temporal_window: ts, coarse frames of one.
+        groups: k, how many P and Q there are; each transforms a run of in_channels / k channels.
+        temporal_groups: tk, how many R; 0 for none, which is the default for images, and 1 for clips.
+        dimensions: 3 for clips (B, C, T, H, W), 2 for images (B, C, H, W).
+        normalisation: "softmax", or "sigmoid" divided by its sum, as in the published code for images.
+        softmax_axis: weights sum to 1 over the "input", so that an output is a weighted mean (rows of P and R, columns
+            of Q, as published), or over the "output".
+        window_rule: cells of a matrix that no window covers have "weight" 0 (the supplement), or "logit" 0 before they
+            are normalised (the published code).
+        remainder: where a map is no multiple of its coarse cells, "repeat" its last row, column or frame for as long as
+            it is transformed, or "refuse" it.
+
+    Shapes: x (B, C, T, H, W), or (B, C, H, W) with dimensions 2, any strides -> y of the same shape. B may be 0.
+
+    Raises ValueError or TypeError for an argument outside those named, and for x of another shape, or smaller than a
+    window.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        window: int = 7,
+        temporal_window: int = 4,
+        groups: int = 4,
+        temporal_groups: int | None = None,
+        dimensions: int = 3,
+        normalisation: str = "softmax",
+        softmax_axis: str = "input",
+        window_rule: str = "weight",
+        remainder: str = "repeat",
+    ):
+        super().__init__()
+        op = "BATransform"
+        self.in_channels = positive_int(op, "in_channels", in_channels)
+        self.window = s = positive_int(op, "window", window)
+        self.temporal_window = ts = positive_int(op, "temporal_window", temporal_window)
+        self.groups = k = positive_int(op, "groups", groups)
+        if not is_integer(dimensions) or dimensions not in (2, 3):
+            raise ValueError(f"{op}: dimensions is {what(dimensions)}; accepted are 2 (images) and 3 (clips)")
+        self.dimensions = dimensions
+        tk = (1 if dimensions == 3 else 0) if temporal_groups is None else temporal_groups
+        if not is_integer(tk) or not 0 <= tk < 2**31 or (tk and dimensions == 2):
+            raise ValueError(
+                f"{op}: temporal_groups is {what(tk)} with dimensions {dimensions}; accepted is an integer >= 0, "
+                "and for images 0"
+            )
+        self.temporal_groups = tk = int(tk)
+        for name, value in {"groups": k, "temporal_groups": tk}.items():
+            if value and in_channels % value:
+                raise ValueError(f"{op}: {name} is {value}; accepted is a divisor of in_channels, {in_channels}")
+        self.normalisation = choice(op, "normalisation", normalisation, NORMALISATIONS)
+        self.softmax_axis = choice(op, "softmax_axis", softmax_axis, AXES)
+        self.window_rule = choice(op, "window_rule", window_rule, RULES)
+        self.remainder = choice(op, "remainder", remainder, REMAINDERS)
+
+        conv = convolution(dimensions)
+        frame = (1,) if dimensions == 3 else ()
+        self.conv1 = _pointwise(in_channels, k, dimensions)
+        self.conv_p = conv(k, s * s * k, (*frame, s, 1))
+        self.conv_q = conv(k, s * s * k, (*frame, 1, s))
+        if tk:
+            self.conv_t = conv(k, ts * ts * tk, (ts, 1, 1))
+        self.conv2 = _pointwise(in_channels, in_channels, dimensions)
+
+    def matrices(self, x: Tensor) -> Matrices:
+        """P, Q and R of an input, which is extended where it is no multiple: T, H and W are then the extended ones."""
+        return self._matrices(x, *self._axes(x))
+
+    def _axes(self, x: Tensor) -> tuple[Axis | None, Axis, Axis]:
+        """How frames (None: they are not mixed), rows and columns of a good input are cut."""
+        clip_input("BATransform", x, self.conv2, self.in_channels, self.dimensions)
+        s, ts = self.window, self.temporal_window
+        names = {"H": (-2, s), "W": (-1, s)} | ({"T": (-3, ts)} if self.temporal_groups else {})
+        for name, (dim, window) in names.items():
+            if x.shape[dim] < window:
+                option = "temporal_window" if name == "T" else "window"
+                raise ValueError(
+                    f"BATransform: x is {what(x)}, of {name} = {x.shape[dim]}; accepted is at least one window, "
+                    f"{option} = {window}"
+                )
+        down = cut(x.shape[-2], s)
+        axes = (cut(x.shape[-3], ts) if self.temporal_groups else None), down, cut_alike(x.shape[-1], s, down, s)
+        for name, axis in zip("THW", axes, strict=True):
+            if axis is not None and axis.extension and self.remainder == "refuse":
+                raise ValueError(
+                    f"BATransform: x is {what(x)}, of {name} = {axis.length}, which {axis.cells} coarse cells of "
+                    f"{axis.scale} exceed; accepted with remainder='refuse' is {axis.cells * axis.scale}, and any with "
+                    "remainder='repeat'"
+                )
+        return axes
+
+    def _matrices(self, x: Tensor, time: Axis | None, down: Axis, across: Axis) -> Matrices:
+        out = self.conv1(x)
+        if time is not None:
+            out = extended(out, -3, time.extension)
+        whole = extended(extended(out, -2, down.extension), -1, across.extension)
+        rows = self._pooled(whole, (down.scale, whole.shape[-1]))
+        columns = self._pooled(whole, (whole.shape[-2], across.scale))
+        p = self._weights(self.conv_p(rows).squeeze(-1), self.groups, self.window, -1)
+        q = self._weights(self.conv_q(columns).squeeze(-2), self.groups, self.window, -2)
+        if time is None:
+            return Matrices(p, q, None)
+        frames = out.mean((-2, -1)).unflatten(-1, (time.cells, time.scale)).mean(-1)
+        t = self.conv_t(frames[..., None, None]).flatten(2)
+        return Matrices(p, q, self._weights(t, self.temporal_groups, self.temporal_window, -1).squeeze(2))
+
+    def _pooled(self, x: Tensor, cell: tuple[int, int]) -> Tensor:
+        """The maximum of each cell; frame by frame in two dimensions, whose gradient is deterministic on a GPU."""
+        flat = x.flatten(1, -3)
+        return F.max_pool2d(flat, cell).unflatten(1, x.shape[1:-2])
+
+    def _weights(self, logits: Tensor, groups: int, size: int, axis: int) -> Tensor:
+        """Matrices (B, groups, T, m, m) of the logits (B, size * size * groups, T, n) of n windows."""
+        if logits.dim() == 3:  # no frames
+            logits = logits.unsqueeze(2)
+        logits = logits.unflatten(1, (groups, size, size)).permute(0, 1, 4, 5, 2, 3)
+        if self.softmax_axis == "output":
+            axis = -3 - axis
+        with full_precision(logits.device.type):
+            return normalised(logits, axis, self.normalisation, self.window_rule)
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = self._axes(x)
+        matrices = self._matrices(x, *axes)
+        size = x.shape[2:]
+        for dim, axis in zip((-3, -2, -1), axes, strict=True):
+            if axis is not None:
+                x = extended(x, dim, axis.extension)
+        y = ops.bilinear_transform(x.unsqueeze(2) if self.dimensions == 2 else x, *matrices)
+        if self.dimensions == 2:
+            y = y.squeeze(2)
+        if y.shape[2:] != size:
+            for dim, length in zip((-2, -1) if self.dimensions == 2 else (-3, -2, -1), size, strict=True):
+                y = y.narrow(dim, 0, length)
+        return self.conv2(y)
+
+    def extra_repr(self) -> str:
+        sizes = ("window", "temporal_window", "groups", "temporal_groups", "dimensions")
+        names = (*sizes, "normalisation", "softmax_axis", "window_rule", "remainder")
+        return f"{self.in_channels}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class BATBlock(Pretrained):
+    """A residual block around a transform of fewer channels: x + dropout(conv2(batransform(conv1(x)))).
+
+    Args:
+        in_channels: channels of x.
+        reduction: r; the transform has in_channels // r channels.
+        dropout: the probability with which a channel of the residual is dropped in training.
+        dimensions, options: of `BATransform`.
+
+    Shapes: as `BATransform`. Raises as `BATransform`.
+    """
+
+    def __init__(
+        self, in_channels: int, *, reduction: int = 2, dropout: float = 0.2, dimensions: int = 3, **options: Any
+    ):
+        super().__init__()
+        self.in_channels = positive_int("BATBlock", "in_channels", in_channels)
+        self.reduction = positive_int("BATBlock", "reduction", reduction)
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"BATBlock: dropout is {what(dropout)}; accepted is a probability, 0 to 1")
+        if reduction > in_channels:
+            raise ValueError(f"BATBlock: reduction is {reduction}; accepted is at most in_channels, {in_channels}")
+        inner = in_channels // reduction
+        transform = BATransform(inner, dimensions=dimensions, **options)
+        self.dimensions = dimensions
+        self.conv1 = _pointwise(in_channels, inner, dimensions)
+        self.batransform = transform
+        self.conv2 = _pointwise(inner, in_channels, dimensions)
+        self.dropout = (nn.Dropout2d if dimensions == 2 else nn.Dropout3d)(dropout)
+        self.init_modules()
+
+    def init_modules(self) -> None:
+        """Start as published."""
+        start(self, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        clip_input("BATBlock", x, self.conv1, self.in_channels, self.dimensions)
+        return self.dropout(self.conv2(self.batransform(self.conv1(x)))) + x
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, reduction={self.reduction}"
