@@ -11,7 +11,8 @@ from torch import Tensor
 def memory_format(x: Tensor) -> torch.memory_format:
     """Of a result like x, an image (B, C, H, W) or a clip: channels last where x has them last, else contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+    # asked of a view, because vmap knows no is_contiguous of another format
+    if last is None or x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
         return torch.contiguous_format
     return last
 

@@ -28,21 +28,24 @@ from dyreg_triton.testing import (
     relative_error,
     value_and_gradients,
 )
+from dyreg_triton.testing.bilinear import MATRIX_KINDS, BilinearCase
 from dyreg_triton.testing.regions import REGION_OPS, RegionCase
 from dyreg_triton.testing.relational import RELATIONAL_CONTEXTS, RELATIONAL_KERNELS, RelationalCase
-from dyreg_triton.testing.strategies import region_cases, relational_cases
+from dyreg_triton.testing.strategies import bilinear_cases, region_cases, relational_cases
 from dyreg_triton.validate import PROFILES
 
 __all__ = [
     "DEVICE",
     "INTERPRETED",
     "LAYOUTS",
+    "MATRIX_KINDS",
     "PROFILES",
     "REGION_KINDS",
     "REGION_OPS",
     "RELATIONAL_CONTEXTS",
     "RELATIONAL_KERNELS",
     "TOLERANCE",
+    "BilinearCase",
     "Guarded",
     "RegionCase",
     "RelationalCase",
@@ -53,6 +56,7 @@ __all__ = [
     "awake",
     "backends",
     "backends_and_dtypes",
+    "bilinear_cases",
     "mismatch",
     "poisoned_outputs",
     "random_regions",

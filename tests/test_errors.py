@@ -504,6 +504,291 @@ def test_dtypes_of_relational_calls() -> None:
         strategies.relational_calls(dtypes=())
 
 
+# --- bilinear transform ---------------------------------------------------------------------------------------------
+
+# B 2, C 12, T 6, a 2, b 3, d 3
+BILINEAR: dict[str, tuple[int, ...]] = {
+    "x": (2, 12, 6, 10, 21), "p": (2, 3, 6, 5, 5), "q": (2, 3, 6, 7, 7), "t": (2, 4, 2, 2),
+}  # fmt: skip
+BILINEAR_FORMS = {
+    "x": "(B, C, T, H, W)", "p": "(B, G, T, Sh, Sh)", "q": "(B, G, T, Sw, Sw)", "t": "(B, Gt, Ts, Ts)",
+}  # fmt: skip
+on_bilinear_tensors = pytest.mark.parametrize("name", BILINEAR)
+on_matrices = pytest.mark.parametrize("name", ["p", "q", "t"])
+
+
+def bilinear(module: Any = dt.ops, **changed: Any) -> Any:
+    """A good call of bilinear_transform with some arguments replaced, in which nothing may run."""
+    given = {name: ones(*shape) for name, shape in BILINEAR.items()} | changed
+    with NothingRuns():
+        return module.bilinear_transform(**given)
+
+
+def bilinear_shapes(*changed: str) -> list[str]:
+    """How a message ends: the call, with the shapes of all tensors but those that were changed."""
+    shown = [f"{name} {shape}" for name, shape in BILINEAR.items() if name not in changed]
+    return ["bilinear_transform", "accepted", "call: x ", *shown]
+
+
+def bilinear_with(name: str, *sizes: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of a tensor with some (axis, size) replaced."""
+    shape = list(BILINEAR[name])
+    for axis, size in sizes:
+        shape[axis] = size
+    return tuple(shape)
+
+
+@on_modules
+@pytest.mark.parametrize("absent", [(), ("t",)], ids=["with t", "without t"])
+def test_nothing_runs_notices_in_bilinear(absent: tuple[str, ...], module: Any) -> None:
+    with pytest.raises(AssertionError, match="before the arguments were refused"):
+        bilinear(module, **given_without(*absent))
+
+
+@on_modules
+@pytest.mark.parametrize("value", [None, [[1.0]], 3.0, "map", torch.float32])
+@on_bilinear_tensors
+def test_no_tensor_in_bilinear(name: str, value: object, module: Any) -> None:
+    if value is None and name == "t":
+        return  # left out
+    with refused(TypeError, "bilinear_transform", f"{name} is", repr(value), type(value).__name__, "Tensor"):
+        bilinear(module, **{name: value})
+
+
+@on_modules
+@pytest.mark.parametrize("kind", ["sparse", "nested"])
+@on_bilinear_tensors
+def test_no_dense_tensor_in_bilinear(name: str, kind: str, module: Any) -> None:
+    value = ones(*BILINEAR[name])
+    value = value.to_sparse() if kind == "sparse" else torch.nested.nested_tensor([value[0]])
+    with refused(TypeError, f"{name} is", kind, "dense", "Tensor", "bilinear_transform"):
+        bilinear(module, **{name: value})
+
+
+@on_modules
+@pytest.mark.parametrize("change", [-1, 1])
+@on_bilinear_tensors
+def test_rank_in_bilinear(name: str, change: int, module: Any) -> None:
+    shape = (1, *BILINEAR[name]) if change > 0 else BILINEAR[name][1:]
+    said = (f"{name} has {len(shape)} dimensions", BILINEAR_FORMS[name], f"{name} {shape}")
+    with refused(ValueError, *said, *bilinear_shapes(name)):
+        bilinear(module, **{name: ones(*shape)})
+
+
+@on_modules
+@on_bilinear_tensors
+def test_scalar_in_bilinear(name: str, module: Any) -> None:
+    with refused(ValueError, f"{name} has 0 dimensions", BILINEAR_FORMS[name], *bilinear_shapes(name)):
+        bilinear(module, **{name: ones()})
+
+
+@on_modules
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("size", [1, 4, 9])
+@on_matrices
+def test_matrices_that_are_not_square(name: str, size: int, axis: int, module: Any) -> None:
+    shape = bilinear_with(name, (axis, size))
+    with refused(ValueError, name, "square", shape[-2], shape[-1], f"{name} {shape}", *bilinear_shapes(name)):
+        bilinear(module, **{name: ones(*shape)})
+
+
+BILINEAR_DISAGREE = [
+    ("p", 0, "x", "B", 2), ("q", 0, "x", "B", 2), ("t", 0, "x", "B", 2), ("p", 2, "x", "T", 6), ("q", 2, "x", "T", 6),
+    ("q", 1, "p", "G", 3),
+]  # fmt: skip
+
+
+@on_modules
+@pytest.mark.parametrize(("name", "axis", "other", "letter", "wanted"), BILINEAR_DISAGREE)
+@pytest.mark.parametrize("size", [1, 4])
+def test_shapes_that_disagree_in_bilinear(
+    name: str, axis: int, other: str, letter: str, wanted: int, size: int, module: Any
+) -> None:
+    """Both arguments are named, and both sizes; a size of 1 does not broadcast."""
+    shape = bilinear_with(name, (axis, size))
+    said = (f"{name} has {letter} = {size}", f"{other}'s {letter}, {wanted}", f"{name} {shape}")
+    with refused(ValueError, *said, *bilinear_shapes(name)):
+        bilinear(module, **{name: ones(*shape)})
+
+
+@on_modules
+@pytest.mark.parametrize(("axis", "size"), [(0, 1), (0, 3), (2, 1), (2, 12)])
+def test_x_that_fits_nothing_in_bilinear(axis: int, size: int, module: Any) -> None:
+    """Where it is this one that is wrong, the message still gives both sizes."""
+    shape = bilinear_with("x", (axis, size))
+    with refused(ValueError, size, BILINEAR["x"][axis], f"x {shape}", *bilinear_shapes("x")):
+        bilinear(module, x=ones(*shape))
+
+
+@on_modules
+@pytest.mark.parametrize(("letter", "size"), [("G", 5), ("G", 8), ("G", 24), ("Gt", 5), ("Gt", 24), ("Gt", 13)])
+def test_groups_that_do_not_divide_the_channels(letter: str, size: int, module: Any) -> None:
+    names = ("p", "q") if letter == "G" else ("t",)
+    given = {name: ones(*bilinear_with(name, (1, size))) for name in names}
+    with refused(ValueError, "x has C = 12", f"{names[0]}'s {letter}, {size}", *bilinear_shapes(*names)):
+        bilinear(module, **given)
+
+
+SAYS_HOW = ("multiple", "BATransform", "remainder='repeat'")  # what takes any side
+
+
+@on_modules
+@pytest.mark.parametrize(
+    ("axis", "size", "side", "cells"),
+    [(3, 11, "H", "p's Sh, 5"), (3, 4, "H", "p's Sh, 5"), (4, 20, "W", "q's Sw, 7"), (4, 1, "W", "q's Sw, 7")],
+)
+def test_sides_that_are_no_multiple(axis: int, size: int, side: str, cells: str, module: Any) -> None:
+    """Both numbers, and what lifts it: the layer's option."""
+    shape = bilinear_with("x", (axis, size))
+    with refused(ValueError, f"x has {side} = {size}", cells, *SAYS_HOW, f"x {shape}", *bilinear_shapes("x")):
+        bilinear(module, x=ones(*shape))
+
+
+@on_modules
+@pytest.mark.parametrize(
+    ("name", "size", "side", "letter"),
+    [
+        ("p", 4, "H = 10", "Sh"), ("p", 20, "H = 10", "Sh"), ("q", 6, "W = 21", "Sw"), ("q", 42, "W = 21", "Sw"),
+        ("t", 4, "T = 6", "Ts"), ("t", 12, "T = 6", "Ts"),
+    ],
+)  # fmt: skip
+def test_matrices_that_do_not_divide_a_side(name: str, size: int, side: str, letter: str, module: Any) -> None:
+    """Larger ones neither."""
+    shape = bilinear_with(name, (-1, size), (-2, size))
+    said = (f"x has {side}", f"{name}'s {letter}, {size}", *SAYS_HOW, f"{name} {shape}")
+    with refused(ValueError, *said, *bilinear_shapes(name)):
+        bilinear(module, **{name: ones(*shape)})
+
+
+@on_modules
+def test_frames_that_are_no_multiple(module: Any) -> None:
+    changed = {name: ones(*bilinear_with(name, (2, 7))) for name in ("x", "p", "q")}
+    with refused(ValueError, "x has T = 7", "t's Ts, 2", *SAYS_HOW, *bilinear_shapes("x", "p", "q")):
+        bilinear(module, **changed)
+
+
+@on_modules
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str)
+@on_bilinear_tensors
+def test_dtype_in_bilinear(name: str, dtype: torch.dtype, module: Any) -> None:
+    """Alone, and where all have it."""
+    kind = str(dtype)[6:]
+    with refused(TypeError, name, kind, f"{name} {BILINEAR[name]} {kind}", *bilinear_shapes(name)):
+        bilinear(module, **{name: ones(*BILINEAR[name], dtype=dtype)})
+    given = {n: ones(*shape, dtype=dtype) for n, shape in BILINEAR.items()}
+    with refused(TypeError, kind, "float16, bfloat16, float32 or float64", *bilinear_shapes()):
+        bilinear(module, **given)
+
+
+@on_modules
+@pytest.mark.parametrize(
+    ("features", "own"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float32, torch.float16),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float64),
+        (torch.float64, torch.float16),
+    ],
+    ids=lambda dtype: str(dtype)[6:],
+)
+@on_matrices
+def test_mixed_dtypes_in_bilinear(name: str, features: torch.dtype, own: torch.dtype, module: Any) -> None:
+    """Neither x's nor float32."""
+    given = {n: ones(*shape, dtype=own if n == name else features) for n, shape in BILINEAR.items()}
+    kind = str(own)[6:]
+    said = (f"{name} is {kind}", "x's dtype", str(features)[6:], "float32", f"{name} {BILINEAR[name]} {kind}")
+    with refused(TypeError, *said, *bilinear_shapes()):
+        bilinear(module, **given)
+
+
+@on_modules
+@on_bilinear_tensors
+def test_mixed_devices_in_bilinear(name: str, module: Any) -> None:
+    said = ("meta", "x's device", str(DEVICE), f"{name} {BILINEAR[name]}")
+    with refused(ValueError, *said, *bilinear_shapes(name)):
+        bilinear(module, **{name: ones(*BILINEAR[name], device="meta")})
+
+
+BILINEAR_SIZED = [
+    (letter, name, axis)
+    for name in BILINEAR
+    for axis, letter in enumerate(BILINEAR_FORMS[name].strip("()").split(", "))
+]
+
+
+@on_modules
+@pytest.mark.parametrize("letter", sorted({letter for letter, *_ in BILINEAR_SIZED} - {"B"}))
+@pytest.mark.parametrize("batch", [2, 0])
+def test_empty_sizes_in_bilinear(letter: str, batch: int, module: Any) -> None:
+    """Only the batch may be empty; where it is, nothing else may be."""
+    shapes = {name: [batch, *shape[1:]] for name, shape in BILINEAR.items()}
+    for own, name, axis in BILINEAR_SIZED:
+        if own == letter:
+            shapes[name][axis] = 0
+    given = {name: ones(*shape) for name, shape in shapes.items()}
+    with refused(ValueError, "bilinear_transform", f"{letter} = 0", "only the batch may be empty", "call: x ("):
+        bilinear(module, **given)
+
+
+@on_modules
+def test_arguments_of_bilinear(module: Any) -> None:
+    x, p = ones(*BILINEAR["x"]), ones(*BILINEAR["p"])
+    with refused(TypeError, "bilinear_transform", "'q'"):
+        module.bilinear_transform(x, p)
+    with refused(TypeError, "bilinear_transform", "h1"):
+        bilinear(module, h1=p)
+
+
+def test_no_kernel_of_bilinear_runs_on_meta_tensors() -> None:
+    given = {name: ones(*shape, device="meta") for name, shape in BILINEAR.items()}
+    said = ("bilinear_transform", "'triton' cannot run here", "meta", "TRITON_INTERPRET=1", f"x {BILINEAR['x']}")
+    with dt.backend("triton"), refused(RuntimeError, *said):
+        bilinear(**given)
+
+
+@pytest.mark.parametrize(
+    "dtype", [d for d in (torch.float32, torch.float64) if not can_run("triton", device=DEVICE, dtype=d)], ids=str
+)
+def test_backend_of_bilinear_that_cannot_run(dtype: torch.dtype) -> None:
+    given = {name: ones(*shape, dtype=dtype) for name, shape in BILINEAR.items()}
+    with dt.backend("triton"), refused(RuntimeError, "bilinear_transform", "'triton' cannot run here"):
+        bilinear(**given)
+
+
+@on_modules
+def test_autocast_excuses_no_dtype_in_bilinear(module: Any) -> None:
+    """It lowers x; what is neither x's dtype then nor float32 is refused as ever."""
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        for name in ("p", "q", "t"):
+            with refused(TypeError, "bilinear_transform", name, "float16", "float32", "call: x ("):
+                bilinear(module, **{name: ones(*BILINEAR[name], dtype=torch.float16)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "parts"),
+    [
+        ({"shape": (2, 3)}, ValueError, ("shape", "(2, 3)", "(*, S, S)")),
+        ({"shape": (3,)}, ValueError, ("shape", "(3,)", "(*, S, S)")),
+        ({"shape": ()}, ValueError, ("shape", "()", "(*, S, S)")),
+        ({"kind": "softmax"}, ValueError, ("kind", "'softmax'", "'signed'", "'weights'")),
+        ({"kind": None}, ValueError, ("kind", "None", "'signed'", "'weights'")),
+        ({"layout": "rows"}, ValueError, ("layout", "'rows'", "'channels_last_3d'")),
+    ],
+    ids=str,
+)
+def test_bilinear_spec(arguments: dict, error: type[Exception], parts: tuple[object, ...]) -> None:
+    with refused(error, *parts), NothingRuns():
+        testing.BilinearSpec(**({"shape": (1, 2, 3, 3)} | arguments))
+
+
+def test_dtypes_of_bilinear_calls() -> None:
+    with refused(TypeError, "bilinear_calls", "dtypes", "3", "dtype"):
+        strategies.bilinear_calls(dtypes=3)
+    with refused(ValueError, "bilinear_calls", "dtypes", "()", "dtype"):
+        strategies.bilinear_calls(dtypes=())
+
+
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {"grid": (2, 2), "region_channels": 8}

@@ -359,6 +359,79 @@ def test_relational_attention_on_triton() -> None:
     fuzz()
 
 
+@st.composite
+def bilinear_op_calls(draw: st.DrawFn, most: int = 2) -> dict[str, Any]:
+    """With and without t; up to `most` arguments are garbage, and now and then a size disagrees."""
+    channels, frames = draw(st.sampled_from([1, 2, 3, 4, 6])), draw(st.sampled_from([1, 2, 3, 4]))
+    batch, rows, columns = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    groups, temporal = (draw(st.sampled_from([n for n in (1, 2, 3, 6) if channels % n == 0])) for _ in range(2))
+    steps = draw(st.sampled_from([n for n in (1, 2, 4) if frames % n == 0]))
+    shapes = {
+        "x": (batch, channels, frames, rows * draw(st.integers(1, 2)), columns * draw(st.integers(1, 3))),
+        "p": (batch, groups, frames, rows, rows),
+        "q": (batch, groups, frames, columns, columns),
+        "t": (batch, temporal, steps, steps),
+    }
+    dtype = draw(st.sampled_from(FLOATS))
+    good: dict[str, Any] = {"t": None}
+    near: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        if name != "t" or draw(st.booleans()):
+            good[name] = good_tensors(*shape, dtypes=[dtype] if name == "x" else [dtype, torch.float32])
+        axis = draw(st.integers(0, len(shape) - 1))
+        other = (*shape[:axis], draw(st.integers(0, 4)), *shape[axis + 1 :])
+        square = (*shape[:-2], *(draw(st.integers(0, 4)),) * 2)
+        near[name] = st.none() | tensors(*shape) | tensors(*other, dtypes=[dtype]) | tensors(*square, dtypes=[dtype])
+    return draw(spoiled(good, near, most))
+
+
+def check_bilinear_result(y: Any, call: Mapping[str, Any]) -> None:
+    """As `check_op_result`, but that y may have its channels last as well."""
+    x = call["x"]
+    assert isinstance(y, Tensor)
+    assert y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last_3d)
+    assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
+    tensors = {name: t.detach() for name, t in call.items() if isinstance(t, Tensor)}
+    if y.device.type != "meta" and all((t.abs() < 99).all() for t in tensors.values()):
+        exact = dt.reference.bilinear_transform(**(call | {name: t.double() for name, t in tensors.items()}))
+        if y.isfinite().all():  # float16 may overflow
+            scale = exact.abs().max().item() if exact.numel() else 0.0
+            torch.testing.assert_close(y.detach().double(), exact, rtol=3e-2, atol=3e-2 * scale)
+        else:
+            assert y.dtype == torch.float16
+    wanted = [t for t in call.values() if isinstance(t, Tensor) and t.requires_grad]
+    assert y.requires_grad == bool(wanted)
+    if wanted:
+        for t, grad in zip(wanted, torch.autograd.grad(y.sum(), wanted), strict=True):
+            assert (grad.shape, grad.dtype) == (t.shape, t.dtype)
+
+
+@pytest.mark.parametrize("module", [dt.ops, dt.reference], ids=["ops", "reference"])
+def test_bilinear_transform(module: types.ModuleType) -> None:
+    @settings(300)
+    @given(call=bilinear_op_calls(), backend=st.sampled_from(["auto", "eager", "reference"]))
+    def fuzz(call: dict[str, Any], backend: str) -> None:
+        with dt.backend(backend):
+            y = attempt("bilinear_transform", module.bilinear_transform, call)
+        if y is not REFUSED:
+            check_bilinear_result(y, call)
+
+    fuzz()
+
+
+@pytest.mark.kernels
+def test_bilinear_transform_on_triton() -> None:
+    @settings(300)
+    @given(call=bilinear_op_calls(most=1))
+    def fuzz(call: dict[str, Any]) -> None:
+        with dt.backend("triton"):
+            y = attempt("bilinear_transform", dt.ops.bilinear_transform, call)
+        if y is not REFUSED:
+            check_bilinear_result(y, call)
+
+    fuzz()
+
+
 @pytest.mark.parametrize("module", [dt.ops, dt.reference], ids=["ops", "reference"])
 @pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-30, 1e30, 1e39, 1e300, 10**30, 10**400])
 def test_any_temperature(temperature: float, module: types.ModuleType) -> None:
@@ -940,6 +1013,14 @@ def test_strategies_relational_calls(call: dict[str, Any], data: st.DataObject) 
         assert small_call(data.draw(made))
 
 
+@settings(50)
+@given(call=spoiled({"dtypes": TYPES.filter(bool)}), data=st.data())
+def test_strategies_bilinear_calls(call: dict[str, Any], data: st.DataObject) -> None:
+    made = attempt("bilinear_calls", strategies.bilinear_calls, call)
+    if made is not REFUSED:
+        assert small_call(data.draw(made))
+
+
 # --- one argument at a time -----------------------------------------------------------------------------------------
 
 ONES = torch.ones(2, 3)
@@ -965,6 +1046,16 @@ SURFACE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
                 "q": torch.ones(1, 2, 3, 2, 1, 2), "k": torch.ones(1, 3, 2, 1, 2), "v": torch.ones(1, 2, 2, 1, 2),
                 "h1": torch.ones(3, 2, 1, 2, 3), "p1": torch.ones(3, 2), "h2": torch.ones(2, 1, 2, 3),
                 "g": torch.ones(4, 1, 2, 3), "identity": torch.ones(2, 4), "eps": 1e-6,
+            },
+        )
+        for name, module in (("", dt.ops), ("reference.", dt.reference))
+    },
+    **{
+        f"{name}bilinear_transform": (
+            module.bilinear_transform,
+            {
+                "x": torch.ones(1, 4, 4, 2, 6), "p": torch.ones(1, 2, 4, 2, 2), "q": torch.ones(1, 2, 4, 3, 3),
+                "t": torch.ones(1, 4, 2, 2),
             },
         )
         for name, module in (("", dt.ops), ("reference.", dt.reference))
@@ -1038,6 +1129,10 @@ SURFACE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda **spec: testing.Call({"x": testing.RelationalSpec(**spec)}).inputs("cpu"),
         {"shape": (1, 2, 3, 1, 2), "dtype": torch.float32, "layout": "sliced", "seed": 0, "scale": 0.5, "zeros": True},
     ),
+    "BilinearSpec": (
+        lambda **spec: testing.Call({"x": testing.BilinearSpec(**spec)}).inputs("cpu"),
+        {"shape": (1, 2, 3, 3), "dtype": torch.float32, "layout": "sliced", "seed": 0, "kind": "weights"},
+    ),
     "Call": (
         lambda **call: testing.check_call(right, right, testing.Call(**call)),
         {
@@ -1077,6 +1172,10 @@ SURFACE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "relational_calls": (
         lambda **call: strategies.relational_calls(**call).validate(),
+        {"dtypes": (torch.float32,)},
+    ),
+    "bilinear_calls": (
+        lambda **call: strategies.bilinear_calls(**call).validate(),
         {"dtypes": (torch.float32,)},
     ),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .bilinear import BilinearSpec
 from .calls import Call, TensorSpec, default_device
 from .checks import check_call, check_op
 from .comparators import (
@@ -40,6 +41,7 @@ __all__ = [
     "LAYOUTS",
     "REGION_KINDS",
     "TOLERANCE",
+    "BilinearSpec",
     "Call",
     "Guarded",
     "RegionSpec",

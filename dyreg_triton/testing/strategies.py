@@ -21,14 +21,15 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from ..validate import PROFILES, choice, dtypes_of, flag, function, is_integer, mapping, what
+from .bilinear import MATRIX_KINDS, BilinearCase
 from .calls import Call, Floors, TensorSpec
 from .memory import LAYOUTS
 from .regions import REGION_KINDS, REGION_OPS, RegionCase, RegionSpec
 from .relational import RELATIONAL_CONTEXTS, RELATIONAL_KERNELS, RelationalCase
 
 __all__ = [
-    "calls", "dims", "dtypes", "layouts", "leads", "profiles", "region_calls", "regions", "relational_calls", "size",
-    "tensor",
+    "bilinear_calls", "calls", "dims", "dtypes", "layouts", "leads", "profiles", "region_calls", "regions",
+    "relational_calls", "size", "tensor",
 ]  # fmt: skip
 
 Dim = str | int
@@ -323,3 +324,51 @@ def relational_calls(
     Tensors by the op's names, those that a kernel or context lacks left out (k is then the option None), and `eps`.
     """
     return relational_cases(dtypes=dtypes_of("strategies.relational_calls", dtypes)).map(RelationalCase.call)
+
+
+def _divisors(number: int) -> SearchStrategy[int]:
+    return st.sampled_from([n for n in range(1, number + 1) if number % n == 0])
+
+
+@st.composite
+def bilinear_cases(draw: st.DrawFn, *, dtypes: Sequence[torch.dtype]) -> BilinearCase:
+    """Cases of the bilinear transform: cells at the edges of blocks, maps that are one or several times as large and
+    not square, any groups, with and without a temporal matrix of its own groups, every layout."""
+    small = _few()
+    cells = st.sampled_from((1, 2, 3, 4, 5, 8, 9) if small else (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17))
+    times = st.sampled_from((1, 2, 3) if small else (1, 2, 3, 4))
+    rows, columns = draw(cells), draw(cells)
+    height, width = rows * draw(times), columns * draw(times)
+    large = height * width > (60 if small else 600)  # then on few channels and frames
+    if small:
+        channels, frames = draw(st.sampled_from((1, 2) if large else (1, 2, 3, 4, 6))), draw(st.sampled_from((1, 2, 4)))
+    else:
+        channels = draw(st.sampled_from((1, 2, 3, 4, 6) if large else (1, 2, 3, 4, 6, 8, 12, 15, 16, 17, 32)))
+        frames = draw(st.sampled_from((1, 2, 3, 4, 6) if large else (1, 2, 3, 4, 6, 8, 9, 16)))
+    dtype = draw(st.sampled_from(list(dtypes)))
+    temporal = (draw(_divisors(channels)), draw(_divisors(frames))) if draw(st.integers(0, 2)) else None
+    case = BilinearCase(
+        cells=(rows, columns),
+        size=(height, width),
+        temporal=temporal,
+        frames=frames,
+        batch=draw(st.sampled_from((1, 1, 2, 1, 2, 0) if small else (1, 2, 3, 1, 2, 1, 2, 0))),
+        channels=channels,
+        groups=draw(_divisors(channels)),
+        kind=draw(st.sampled_from(MATRIX_KINDS)),
+        dtype=dtype,
+        matrices_dtype=draw(st.sampled_from((dtype, torch.float32))),
+        grad_layout=draw(layouts()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+    return replace(case, layouts={name: draw(layouts()) for name in case.shapes()})
+
+
+def bilinear_calls(
+    *, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
+) -> SearchStrategy[Call]:
+    """Calls of `bilinear_transform` as this library is tested with; for your variant.
+
+    Tensors by the op's names; t is left out where there is no temporal matrix.
+    """
+    return bilinear_cases(dtypes=dtypes_of("strategies.bilinear_calls", dtypes)).map(BilinearCase.call)

@@ -261,7 +261,7 @@ def relational(
     )
 
 
-BILINEAR_LIMIT = {"Sh": 128, "Sw": 128, "Ts": 64}
+BILINEAR_LIMIT = {"Sh": 64, "Sw": 64, "Ts": 64}
 _JOINT = 64  # coarse cells up to which kron(P, Q^T) is one tensor-core tile
 _TILE = 4096  # elements of a program's tile, of 4 warps
 _MIXED = 16384  # and of all frames of a phase, of 8 warps: 64 registers a thread
