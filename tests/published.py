@@ -7,6 +7,7 @@ then swaps them. As there, some modules read a global, here `ARGS`.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -434,6 +435,185 @@ class SplitBT(nn.Module):
         return self.block(x).unflatten(0, (-1, self.T))
 
 
+# --- bilinear attentional transforms and non-local blocks ------------------------------------------------------------
+
+
+class NonLocalModule(nn.Module):
+    """What the blocks share: how the authors' networks start them."""
+
+    def __init__(self, in_channels: int, **ignored: Any):
+        super().__init__()
+
+    def init_modules(self, zero_bn: bool = True) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)):
+                nn.init.constant_(module.weight, 0.0 if zero_bn else 1.0)
+                nn.init.zeros_(module.bias)
+
+
+class _NonLocalBlockND(NonLocalModule):
+    """(B, C, *) -> the same, residual included."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        inter_channels: int | None = None,
+        dimension: int = 3,
+        head: int = 1,
+        sub_sample: bool = True,
+        bn_layer: bool = True,
+        use_scale: bool = True,
+        zero_init: bool = False,
+        **ignored: Any,
+    ):
+        super().__init__(in_channels)
+        self.dimension, self.head = dimension, head
+        self.sub_sample, self.use_scale, self.zero_init = sub_sample, use_scale, zero_init
+        self.in_channels = in_channels
+        self.inter_channels = inner = max(in_channels // 2, 1) if inter_channels is None else inter_channels
+        assert inner % head == 0
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimension - 1]
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimension - 1]
+        pool = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dimension - 1]
+        cells = (1, 2, 2) if dimension == 3 else 2
+
+        def fewer(projection: nn.Module) -> nn.Module:
+            return nn.Sequential(pool(cells), projection) if sub_sample else projection
+
+        self.g = fewer(conv(in_channels, inner, 1))
+        out = conv(inner, in_channels, 1)
+        self.W = nn.Sequential(out, norm(in_channels)) if bn_layer else out
+        self.theta = conv(in_channels, inner, 1)
+        self.phi = fewer(conv(in_channels, inner, 1))
+
+    def init_modules(self) -> None:  # type: ignore[override]
+        super().init_modules()
+        out = self.W[0] if isinstance(self.W, nn.Sequential) else self.W
+        nn.init.normal_(out.weight, 0.0, 0.0 if self.zero_init else 0.01)
+        if out is self.W:  # nothing behind it starts at 0
+            nn.init.zeros_(out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = (
+            part.reshape(len(x) * self.head, self.inter_channels // self.head, -1)
+            for part in (self.theta(x), self.phi(x), self.g(x))
+        )
+        scores = queries.mT @ keys
+        if self.use_scale:
+            scores = scores / math.sqrt(queries.shape[1])
+        y = values @ scores.softmax(-1).mT
+        return self.W(y.reshape(len(x), self.inter_channels, *x.shape[2:])) + x
+
+
+class NONLocalBlock1D(_NonLocalBlockND):
+    def __init__(self, in_channels: int, **settings: Any):
+        super().__init__(in_channels, dimension=1, **settings)
+
+
+class NONLocalBlock2D(_NonLocalBlockND):
+    def __init__(self, in_channels: int, **settings: Any):
+        super().__init__(in_channels, dimension=2, **settings)
+
+
+class NONLocalBlock3D(_NonLocalBlockND):
+    def __init__(self, in_channels: int, **settings: Any):
+        super().__init__(in_channels, dimension=3, **settings)
+
+
+def _pointwise(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv3d(inputs, outputs, 1), nn.BatchNorm3d(outputs), nn.ReLU(inplace=True))
+
+
+def enlarged(matrix: Tensor, times: int) -> Tensor:
+    """(..., n, n) -> (..., n * times, n * times): each weight becomes a multiple of the identity."""
+    if times <= 1:
+        return matrix
+    one = torch.eye(times, dtype=matrix.dtype, device=matrix.device)
+    blocks = matrix[..., :, None, :, None] * one[:, None, :]
+    return blocks.flatten(-4, -3).flatten(-2, -1)
+
+
+class BATransform(nn.Module):
+    """(B, C, T, H, W) -> the same, for the few sizes of which the published one knows."""
+
+    def __init__(self, in_channels: int, s: int, ts: int, k: int, tk: int):
+        super().__init__()
+        self.s, self.ts, self.k, self.tk, self.in_channels = s, ts, k, tk, in_channels
+        self.conv1 = _pointwise(in_channels, k)
+        self.conv_p = nn.Conv3d(k, k * s**2, (1, s, 1))
+        self.conv_q = nn.Conv3d(k, k * s**2, (1, 1, s))
+        if tk > 0:
+            self.conv_t = nn.Conv3d(k, tk * ts**2, (ts, 1, 1))
+        self.conv2 = _pointwise(in_channels, in_channels)
+
+    def assembled(self, windows: Tensor, cells: int) -> Tensor:
+        """Logits (B, k * s * s, T, windows) along the diagonal of (B, k, T, cells, cells); averages where they meet."""
+        each = windows.unflatten(1, (self.k, self.s, self.s)).permute(0, 1, 4, 5, 2, 3)  # (B, k, T, windows, s, s)
+        total = windows.new_zeros(*each.shape[:3], cells, cells)
+        count = windows.new_zeros(cells, cells)
+        for start, window in enumerate(each.unbind(3)):
+            place = slice(start, start + self.s)
+            total[..., place, place] += window
+            count[place, place] += 1
+        return total / count.clamp(min=1)
+
+    def weights(self, rows: Tensor, columns: Tensor, times: Tensor | None) -> list[Tensor | None]:
+        """From logits to P, Q and T."""
+        return [rows.softmax(-1), columns.softmax(-2), None if times is None else times.softmax(-1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames, height, width = x.shape[2:]
+        cells = height // (height // self.s)  # of both axes
+        out = self.conv1(x)
+        rows = self.conv_p(F.adaptive_max_pool3d(out, (frames, cells, 1)))[..., 0]
+        columns = self.conv_q(F.adaptive_max_pool3d(out, (frames, 1, cells)))[..., 0, :]
+        assert columns.shape[3] == 1 if cells == self.s else columns.shape[3] == 2  # it knows of no more
+        times = None
+        if self.tk > 0:
+            times = self.conv_t(F.adaptive_avg_pool3d(out, (self.ts, 1, 1)))
+            times = times.view(len(x), self.tk, self.ts, self.ts)
+        p, q, t = self.weights(self.assembled(rows, cells), self.assembled(columns, cells), times)
+        p, q = (enlarged(m, n // cells) for m, n in ((p, height), (q, width)))  # type: ignore[arg-type]
+        y = p[:, :, None] @ x.unflatten(1, (self.k, -1)) @ q[:, :, None]
+        y = y.flatten(1, 2)
+        if t is not None:
+            frames_last = y.flatten(3).unflatten(1, (self.tk, -1))  # (B, tk, C / tk, T, H * W)
+            y = (enlarged(t, frames // self.ts)[:, :, None] @ frames_last).flatten(1, 2).view(x.shape)
+        return self.conv2(y)
+
+
+class BATBlock(NonLocalModule):
+    """(B, C, T, H, W) -> the same, residual included."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        r: int = 2,
+        s: int = 7,
+        ts: int = 4,
+        k: int = 4,
+        tk: int = 1,
+        dropout: float = 0.2,
+        **ignored: Any,
+    ):
+        super().__init__(in_channels)
+        inner = in_channels // r
+        self.conv1 = _pointwise(in_channels, inner)
+        self.batransform = BATransform(inner, s, ts, k, tk)
+        self.conv2 = _pointwise(inner, in_channels)
+        self.dropout = nn.Dropout3d(dropout)
+
+    def init_modules(self) -> None:  # type: ignore[override]
+        super().init_modules(zero_bn=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.conv2(self.batransform(self.conv1(x))))
+
+
 # --- networks -------------------------------------------------------------------------------------------------------
 
 
@@ -476,6 +656,29 @@ class RSANet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))
         return self.fc(self.dropout(x.mean((2, 3, 4))))
+
+
+class BATNet(nn.Module):
+    """Clips (B, 3, T, H, W) -> scores (B, classes): blocks between bottlenecks."""
+
+    def __init__(self, channels: int = 8, classes: int = 4, dropout: float = 0.0, **bat: Any):
+        super().__init__()
+        bat = {"s": 3, "ts": 2, "k": 2, "tk": 2, "dropout": dropout, **bat}
+
+        def bottleneck() -> Bottleneck:
+            return Bottleneck(channels, nn.Conv3d(channels, channels, 3, padding=1, bias=False), 3)
+
+        self.conv1 = nn.Conv3d(3, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm3d(channels)
+        self.layer2 = nn.Sequential(OrderedDict(block0=bottleneck(), nl0=BATBlock(channels, **bat)))
+        self.layer3 = nn.Sequential(
+            OrderedDict(block0=bottleneck(), nl0=BATBlock(channels, **{**bat, "tk": 0}), nl1=NONLocalBlock3D(channels))
+        )
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(F.relu(self.bn1(self.conv1(x)))))
+        return self.fc(x.mean((2, 3, 4)))
 
 
 class Backbone(nn.Module):

@@ -691,9 +691,9 @@ def test_float16_of_extreme_scales(
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(*HALVES))
 def test_sums_are_taken_in_float32(backend: str, dtype: torch.dtype) -> None:
     """1,024 ones: in bfloat16 their sum would stop growing at 256."""
-    case = BilinearCase((1, 128), (1, 128), (1, 1), 1, 1, 8, 1, dtype=dtype)
+    case = BilinearCase((1, 64), (1, 64), (1, 1), 1, 1, 8, 1, dtype=dtype)
     values = {name: torch.ones_like(t) for name, t in inputs(case)[0].items()}
-    values["q"] = values["q"] / 128
+    values["q"] = values["q"] / 64
     grad_output = torch.ones_like(values["x"])
     found = results(case, backend, values, grad_output)
     assert found["grad_p"].item() == found["grad_t"].item() == 1024
@@ -719,8 +719,8 @@ def test_what_follows_may_have_no_gradient(backend: str) -> None:
 # --- beyond and below -----------------------------------------------------------------------------------------------
 
 BEYOND = {
-    "Sh": BilinearCase((129, 1), (129, 1), None, 1, 1, 1, 1),
-    "Sw": BilinearCase((1, 130), (1, 130), None, 1, 1, 1, 1),
+    "Sh": BilinearCase((65, 1), (65, 1), None, 1, 1, 1, 1),
+    "Sw": BilinearCase((1, 66), (1, 66), None, 1, 1, 1, 1),
     "Ts": BilinearCase((1, 1), (1, 1), (1, 65), 65, 1, 1, 1),
 }
 
@@ -750,11 +750,11 @@ def test_sizes_beyond_the_kernels(letter: str) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        BilinearCase((128, 1), (128, 1), None, 1, 1, 1, 1, seed=38),
-        BilinearCase((1, 128), (1, 128), None, 1, 1, 1, 1, seed=38),
+        BilinearCase((64, 1), (64, 1), None, 1, 1, 1, 1, seed=38),
+        BilinearCase((1, 64), (1, 64), None, 1, 1, 1, 1, seed=38),
         BilinearCase((1, 1), (1, 1), (1, 64), 64, 1, 1, 1, seed=38),
-        BilinearCase((128, 128), (128, 128), None, 1, 1, 1, 1, seed=38),
-        BilinearCase((100, 90), (100, 90), (1, 1), 1, 1, 1, 1, seed=38),
+        BilinearCase((64, 64), (64, 64), None, 1, 1, 1, 1, seed=38),
+        BilinearCase((60, 50), (60, 50), (1, 1), 1, 1, 1, 1, seed=38),
     ],
     ids=["Sh", "Sw", "Ts", "both", "no power of two"],
 )
@@ -763,7 +763,7 @@ def test_largest_sizes_of_the_kernels(case: BilinearCase) -> None:
 
 
 def test_limits_of_the_kernels() -> None:
-    assert tuning.BILINEAR_LIMIT == {"Sh": 128, "Sw": 128, "Ts": 64}
+    assert tuning.BILINEAR_LIMIT == {"Sh": 64, "Sw": 64, "Ts": 64}
 
 
 @on_eager

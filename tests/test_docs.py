@@ -114,12 +114,12 @@ def test_index_names_every_page() -> None:
 
 def test_pictures_are_shown_and_small() -> None:
     shown = set(re.findall(r"!\[[^\]]*\]\(([\w-]+\.webp)\)", text_of()))
-    assert shown == {"profiles.webp", "variants.webp"}
+    assert shown == {"contributions.webp", "profiles.webp", "variants.webp"}
     for name in shown:
         assert (DOCS / name).stat().st_size < 150_000, name
 
 
-@pytest.mark.parametrize("module", [dt.ops, dt.layers, dt.tuning, testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [dt.ops, dt.layers, dt.tuning, dt.viz, testing], ids=lambda module: module.__name__)
 def test_public_names_are_documented(module: object) -> None:
     text = text_of()
     assert [name for name in module.__all__ if not re.search(rf"\b{name}\b", text)] == []  # type: ignore[attr-defined]
@@ -133,6 +133,9 @@ def test_public_names_are_documented(module: object) -> None:
         ("region.md", (dt.ops.region_pool, dt.ops.region_remap, dt.ops.region_kernel)),
         ("rsa.md", (dt.layers.RSA.__init__, dt.layers.RSA.kernels)),
         ("relational.md", (dt.ops.relational_attention, dt.reference.vanilla_relational_attention)),
+        ("bilinear.md", (dt.ops.bilinear_transform,)),
+        ("bat.md", (dt.layers.BATransform.__init__, dt.layers.BATBlock.__init__, dt.layers.NonLocalBlock.__init__)),
+        ("viz.md", (dt.viz.attention_weights, dt.viz.contribution_maps, dt.viz.draw_frames, dt.viz.draw_sheet)),
         ("tuning.md", (dt.tuning.tune, dt.tuning.use.__init__)),
         ("testing.md", (testing.check_op, testing.Call.__init__, testing.TensorSpec.__init__, testing.mismatch)),
     ],
@@ -159,15 +162,15 @@ def test_style() -> None:
 @not_interpreted
 @pytest.mark.slow
 def test_pictures_can_be_drawn(tmp_path: Path) -> None:
-    for package in ("matplotlib", "PIL"):
+    for package in ("matplotlib", "PIL", "mlxtend"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed; pip install 'dyreg-triton[viz]'")
+            pytest.skip(f"{package} is not installed; `make pictures` brings it")
     from PIL import Image
 
     command = [sys.executable, str(DOCS / "pictures.py"), "--out", str(tmp_path), "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("profiles.webp", "variants.webp"):
+    for name in ("contributions.webp", "profiles.webp", "variants.webp"):
         with Image.open(tmp_path / name) as drawn, Image.open(DOCS / name) as kept:
             assert drawn.size == kept.size, name
             assert len(drawn.convert("L").getcolors()) > 50, name

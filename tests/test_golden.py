@@ -122,6 +122,12 @@ def watch(module: nn.Module, kept: dict[str, Tensor]) -> None:
             child.register_forward_hook(keep("mid.before_graph_norm"))
         elif path == "projection":
             child.register_forward_hook(keep("mid.projection"))
+        elif last in ("conv_p", "conv_q", "conv_t"):
+            child.register_forward_hook(keep(f"mid.logits_{last[-1]}"))
+        elif last == "conv2" and hasattr(module.get_submodule(path.rpartition(".")[0]), "conv_p"):
+            child.register_forward_hook(keep("mid.bilinear", after=False))
+        elif path in ("conv1", "batransform", "theta", "phi", "g", "t", "p"):
+            child.register_forward_hook(keep(f"mid.{path}"))
 
 
 def check_intermediates(golden: Golden, module: nn.Module, kept: dict[str, Tensor]) -> set[str]:
@@ -150,13 +156,17 @@ MODULES = [
 RSA = [case for case in CASES if case.startswith("rsa_")]
 # interpreted, the others take too long
 RSA_INTERPRETED = {"rsa_V_V", "rsa_R_V", "rsa_R_VplusR", "rsa_VplusR_R", "rsa_din_ne_dout", "rsa_eps"}
+BAT = [case for case in CASES if case.startswith(("bat_", "bat2d_"))]
+NONLOCAL = [case for case in CASES if case.startswith(("nl2d_", "nl3d_"))]
 
 
 def test_all_cases_are_there() -> None:
     """Every file is compared by one of the tests below."""
-    assert len(CASES) == 27
+    assert len(CASES) == 42
     assert len(MODULES) == 10
     assert len(RSA) == 13
+    assert len(BAT) == 12
+    assert len(NONLOCAL) == 3
     assert set(RSA) > RSA_INTERPRETED
     assert len(CASES["dyreg_center_default"]) == 2
 
@@ -208,6 +218,27 @@ def test_rsa(backend: str, dtype: torch.dtype, case: str, device: torch.device) 
     assert_close(x.grad, golden.under("grad")["x"], "grad.x", tolerance=TOLERANCES[dtype][1])
     assert_gradients(golden, module, dict(module.named_parameters()))
     assert check_intermediates(golden, module, kept) or case in ("rsa_R_R", "rsa_R_VplusR")  # which store none
+
+
+@pytest.mark.parametrize("case", BAT + NONLOCAL)
+@on_backends_and_dtypes
+def test_bilinear_and_nonlocal(backend: str, dtype: torch.dtype, case: str, device: torch.device) -> None:
+    golden = Golden(case, device)
+    module = dt.compat.build(golden.metadata["upstream_class"], golden.json("ctor")).to(device)
+    module.load_state_dict(golden.under("state"), strict=True)
+    for key, value in module.state_dict().items():
+        assert value.dtype == golden.tensors[f"state.{key}"].dtype, key
+    module.eval().to(dtype)
+    kept: dict[str, Tensor] = {}
+    watch(module, kept)
+    x = golden.under("input")["x"].to(dtype).requires_grad_()
+    with dt.backend(backend):
+        y = module(x)
+        y.backward(golden.under("input")["g"].to(dtype))
+    assert_largest_close(y.detach(), golden.under("output")["y"], "output.y")
+    assert_close(x.grad, golden.under("grad")["x"], "grad.x", tolerance=TOLERANCES[dtype][1])
+    assert_gradients(golden, module, dict(module.named_parameters()))
+    assert check_intermediates(golden, module, kept) == {name for name in golden.tensors if name.startswith("mid.")}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("dyreg_pool_")])

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import published
+import published_images
 import pytest
 import torch
 from support import (
@@ -24,7 +25,6 @@ from support import (
     assert_all_close,
     assert_close,
     assert_identical,
-    assert_results_close,
     awake,
     backends,
     relative_error,
@@ -32,14 +32,18 @@ from support import (
 )
 from swap_cases import (
     CLIP,
+    IMAGES,
     MAPS,
     SWAPPED,
     TOLERANCES,
     VARIANTS,
+    VIDEO,
     Log,
+    assert_gradients_same,
     assert_same,
     assert_same_log,
     assert_untouched,
+    block,
     graph,
     holder,
     is_ours,
@@ -55,8 +59,9 @@ from swap_cases import (
     values,
 )
 from test_ecosystem import GLOO, in_parallel, python
-from test_golden import Golden, assert_gradients, assert_largest_close
+from test_golden import BAT, NONLOCAL, Golden, assert_gradients, assert_largest_close, check_intermediates, watch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import dyreg_triton as dt
 
@@ -66,6 +71,8 @@ GOLDEN = (
     *("rsa_R_V", "rsa_V_VplusR", "rsa_stride122", "rsa_dims_R_R", "rsa_din_ne_dout"),
     *("rstg_dot_gru_upd1", "rstg_sum_default", "rstg_dot_mlp2_cat"),
     *("dyreg_small_glore", "dyreg_fullres_16_from_14", "dyreg_wrapper_i3d_14", "dyreg_gru_center"),
+    *BAT,
+    *NONLOCAL,
 )
 
 
@@ -81,15 +88,22 @@ def test_models_here_compute_what_the_published_do(case: str, device: torch.devi
         settings["offset_lstm_dim"] = config["params"].offset_lstm_dim
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     with mock.patch.multiple(published.ARGS, **settings):
-        module = getattr(published, golden.metadata["upstream_class"].rpartition(".")[2])(**config)
+        package, _, name = golden.metadata["upstream_class"].rpartition(".")
+        module = getattr(published_images if package.startswith("model_zoo") else published, name)(**config)
     module.load_state_dict(golden.under("state"), strict=True)
     module.to(device, torch.float64).eval()
+    kept: dict[str, Tensor] = {}
+    if case in BAT + NONLOCAL:
+        watch(module, kept)
     x = golden.under("input")["x"].double().requires_grad_()
     y = module(x)
     y.backward(golden.under("input")["g"].double())
     assert_largest_close(y.detach(), golden.under("output")["y"], "output.y")
     assert_close(x.grad, golden.under("grad")["x"], "grad.x", tolerance=1e-6)
     assert_gradients(golden, module, dict(module.named_parameters()))
+    if case in BAT + NONLOCAL:
+        stored_names = {name for name in golden.tensors if name.startswith("mid.")}
+        assert check_intermediates(golden, module, kept) == stored_names
     if case.startswith("dyreg_"):
         inner = getattr(module, "dynamic_graph", module)
         left = {"kernel": inner.kernel, "regions": inner.offsets, "nodes": inner.nodes}
@@ -146,6 +160,24 @@ def test_settings_stay_readable() -> None:
         assert getattr(model.inner.dynamic_graph, name) == getattr(inner, name), name
     for name in ("d_in", "d_out", "nh", "dk", "dv", "dd", "kernel_type", "feat_type", "kernel_size"):
         assert getattr(model[-1], name) == getattr(attention, name), name
+
+
+TRANSFORMS = ("s", "k", "in_channels")
+SETTINGS = {
+    "transform": (*TRANSFORMS, "ts", "tk"),
+    "transform of images": TRANSFORMS,
+    "nonlocal 2d": ("dimension", "head", "sub_sample", "use_scale", "zero_init", "in_channels", "inter_channels"),
+    "nonlocal of images": ("use_scale",),
+}
+
+
+@pytest.mark.parametrize("variant", SETTINGS)
+def test_settings_of_blocks_stay_readable(variant: str) -> None:
+    model, _ = holder(variant)
+    before = {name: getattr(model.inner, name) for name in SETTINGS[variant]}
+    dt.swap(model)
+    assert is_ours(model.inner)
+    assert {name: getattr(model.inner, name) for name in before} == before
 
 
 @on_networks
@@ -296,7 +328,11 @@ class ByName(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("variant", "name"), [("rsa V V", "x"), ("graph", "input_feats"), ("wrapper", "x"), ("rstg", "input")]
+    ("variant", "name"),
+    [
+        *(("rsa V V", "x"), ("graph", "input_feats"), ("wrapper", "x"), ("rstg", "input")),
+        *(("transform", "x"), ("block of images", "x"), ("nonlocal 1d", "x"), ("nonlocal of images", "x")),
+    ],
 )
 def test_inputs_by_the_published_names(variant: str, name: str) -> None:
     inner, x = holder(variant)
@@ -427,7 +463,7 @@ def test_gradients_accumulate(variant: str) -> None:
     assert all(p.grad is g for p, g in zip(model.parameters(), kept, strict=True))
     names = [name for name, _ in twin.named_parameters()]
     actual, expected = ([p.grad for p in one.parameters()] for one in (model, twin))
-    assert_results_close(dict(zip(names, actual, strict=True)), dict(zip(names, expected, strict=True)), 1e-3)
+    assert_gradients_same(dict(zip(names, actual, strict=True)), dict(zip(names, expected, strict=True)), 1e-3)
 
 
 # --- places ---------------------------------------------------------------------------------------------------------
@@ -437,7 +473,7 @@ def test_gradients_accumulate(variant: str) -> None:
 def test_the_model_itself(variant: str) -> None:
     """Without a parent the object stays and becomes ours; others of its class do not."""
     make, shape = VARIANTS[variant]
-    model, x = make().to(DEVICE), values(shape)
+    model, x = make().to(DEVICE).eval(), values(shape)  # in training, norms would note what they see
     kind, fellow = type(model), copy.deepcopy(model)
     before = snapshot(model)
     report = dt.swap(model)
@@ -650,6 +686,231 @@ def test_other_classes_with_the_same_forward(make: Callable[[], nn.Module], shap
     assert [kind for _, kind in named(report.modules)] == [name]
     assert is_ours(model[0])
     assert_same(run(model, x), run(twin, x))
+
+
+# --- bilinear transforms and non-local blocks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bat net", "image net"])
+def test_dropout_draws_the_same(name: str) -> None:
+    model, x = network(name, dropout=0.5)
+    twin = copy.deepcopy(model)
+    dt.swap(model)
+
+    def drawing(one: nn.Module, seed: int) -> dict[str, Any]:
+        def call(x: Tensor) -> Tensor:
+            torch.manual_seed(seed)
+            return one(x)
+
+        return run(one.train(), x, call=call)
+
+    outputs = []
+    for seed in (5, 6):
+        expected = drawing(twin, seed)
+        assert_same(drawing(model, seed), expected)
+        outputs.append(expected["out"])
+    assert relative_error(*outputs) > 1e-2
+    assert_same(run(model.eval(), x), run(twin.eval(), x))
+    for key, value in twin.state_dict().items():
+        assert_close(model.state_dict()[key], value, key, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "parts"),
+    [
+        ("transform", ("conv_p", "conv_q", "conv_t", "conv1", "conv2", "conv1.0")),
+        ("transform that slides", ("conv_p", "conv_q")),
+        ("block", ("batransform.conv_p", "batransform", "conv1", "conv2.1", "dropout")),
+        ("block of images", ("batransform.conv_p", "batransform", "dropout")),
+        ("nonlocal 3d", ("theta", "phi", "phi.0", "g", "g.1", "W", "W.1")),
+        ("nonlocal of images", ("t", "p", "g", "z", "bn")),
+    ],
+)
+def test_hooks_on_parts_see_the_same(variant: str, parts: tuple[str, ...]) -> None:
+    model, x = holder(variant)
+    twin = copy.deepcopy(model)
+    logs = [[Log(one.inner.get_submodule(part), ("pre", "forward")) for part in parts] for one in (model, twin)]
+    report = dt.swap(model)
+    assert is_ours(model.inner)
+    assert_same(run(model, x), run(twin, x))
+    for part, actual, expected in zip(parts, *logs, strict=True):
+        assert expected.seen, part
+        assert_same_log(actual, expected)
+    for log in logs[0]:
+        log.seen.clear()
+    report.undo()
+    run(model, x)
+    assert all(log.seen for log in logs[0])
+
+
+@pytest.mark.parametrize("name", ["bat net", "image net"])
+def test_transforms_alone(name: str) -> None:
+    """Inside blocks that stay the authors'; later the blocks around them."""
+    model, x = network(name)
+    twin = copy.deepcopy(model)
+    before = objects(model)
+    first = dt.swap(model, only="BATransform")
+    paths = [f"{path}.batransform" for path in SWAPPED[name][:-1]]
+    assert named(first.modules) == [(path, "BATransform") for path in paths]
+    assert not any(is_ours(model.get_submodule(path)) for path in SWAPPED[name])
+    assert objects(model) == before
+    assert_same(run(model, x), run(twin, x))
+    second = dt.swap(model)
+    assert [row.path for row in second.modules] == SWAPPED[name]
+    assert_same(run(model, x), run(twin, x))
+    second.undo()
+    assert_same(run(model, x), run(twin, x))
+    first.undo()
+    assert_identical(model(x), twin(x))
+
+
+@pytest.mark.parametrize("side", [15, 17, 9])
+def test_sizes_that_the_published_transform_refuses(side: int) -> None:
+    model, _ = holder("transform")
+    x = values((1, 8, 5, side, side - 1))
+    with pytest.raises((RuntimeError, AssertionError)):
+        model(x)
+    dt.swap(model)
+    results = run(model, x)
+    assert all(t is not None and t.isfinite().all() for t in results.values())
+
+
+class RowsOfQ(published.BATransform):
+    def weights(self, rows: Tensor, columns: Tensor, times: Tensor | None) -> list[Tensor | None]:
+        p, _, t = super().weights(rows, columns, times)
+        return [p, columns.softmax(-1), t]
+
+
+class ColumnsOfP(published.BATransform):
+    def weights(self, rows: Tensor, columns: Tensor, times: Tensor | None) -> list[Tensor | None]:
+        _, q, t = super().weights(rows, columns, times)
+        return [rows.softmax(-2), q, t]
+
+
+class ColumnsOfT(published.BATransform):
+    def weights(self, rows: Tensor, columns: Tensor, times: Tensor | None) -> list[Tensor | None]:
+        p, q, _ = super().weights(rows, columns, times)
+        return [p, q, None if times is None else times.softmax(-2)]
+
+
+class NoWeightWhereNoWindowIs(published.BATransform):
+    """The supplement's rule; it differs only where windows slide."""
+
+    def assembled(self, windows: Tensor, cells: int) -> Tensor:
+        logits = super().assembled(windows, cells)
+        places = torch.arange(cells, device=windows.device)
+        return logits.masked_fill((places[:, None] - places).abs() >= self.s, -torch.inf)
+
+
+class RectifiedBlock(published.BATBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class WithoutResidual(published.BATBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - x
+
+
+class SoftmaxOfImages(published_images.BATransform):
+    def weights(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        return rows.softmax(-1), columns.softmax(-2)
+
+
+class RectifiedImageBlock(published_images.BATBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class Tempered(published.NONLocalBlock3D):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(0.5 * x) + 0.5 * x
+
+
+class RectifiedNonLocal(published.NONLocalBlock2D):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+def with_softmax_over_queries() -> Any:
+    module = block(published_images.NonLocal)
+    module.softmax = nn.Softmax(dim=1)
+    return module
+
+
+def inside(kind: type[published.BATransform]) -> Any:
+    """A block with a changed transform in it."""
+    module = block()
+    module.batransform.__class__ = kind
+    return module
+
+
+CHANGED: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "softmax of Q over rows": (lambda: block(RowsOfQ), VIDEO),
+    "softmax of P over columns": (lambda: block(ColumnsOfP), VIDEO),
+    "softmax of T over columns": (lambda: block(ColumnsOfT), VIDEO),
+    "no weight where no window is": (lambda: block(NoWeightWhereNoWindowIs), (2, 8, 4, 8, 8)),
+    "a relu more": (lambda: block(RectifiedBlock), VIDEO),
+    "no residual": (lambda: block(WithoutResidual), VIDEO),
+    "softmax of Q over rows, inside": (lambda: inside(RowsOfQ), VIDEO),
+    "no weight where no window is, inside": (lambda: inside(NoWeightWhereNoWindowIs), (2, 8, 4, 8, 8)),
+    "softmax of images": (lambda: block(SoftmaxOfImages), IMAGES),
+    "a relu more on images": (lambda: block(RectifiedImageBlock), IMAGES),
+    "another temperature": (lambda: block(Tempered), (2, 8, 3, 4, 5)),
+    "a relu more behind attention": (lambda: block(RectifiedNonLocal), IMAGES),
+    "softmax over queries": (with_softmax_over_queries, IMAGES),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_block_is_left_with_a_reason(case: str) -> None:
+    make, shape = CHANGED[case]
+    model: Any = nn.ModuleDict({"inner": make(), "spare": block(published.NONLocalBlock3D)}).to(DEVICE)
+    original = copy.deepcopy(model.inner)
+    kind, x = type(model.inner), values(shape)
+    report = dt.swap(model)
+    inside = isinstance(getattr(original, "batransform", None), (RowsOfQ, NoWeightWhereNoWindowIs))
+    sound = hasattr(original, "batransform") and not inside  # a transform that is as published, in another block
+    assert [row.path for row in report.modules] == [*(["inner.batransform"] if sound else []), "spare"]
+    assert type(model.inner) is kind
+    (row,) = [row for row in report.left if row.path == "inner"]
+    assert named([row]) == [("inner", kind.__name__)]
+    assert row.reason.strip()
+    assert "inner" in str(report)
+    assert_same(run(model.inner, x), run(original, x))
+
+
+SHARED: dict[str, tuple[Callable[[], Any], str, str, nn.Module]] = {
+    "another activation": (lambda: block(published.BATransform), "conv1", "2", nn.Softplus()),
+    "an activation that hardly differs": (lambda: block(published.BATransform), "conv2", "2", nn.LeakyReLU(1e-3)),
+    "dropout of single values": (block, "", "dropout", nn.Dropout(0.5)),
+    "a norm in groups": (lambda: block(published.NONLocalBlock3D), "W", "1", nn.GroupNorm(2, 8)),
+    "an average where a maximum was": (lambda: block(published.NONLocalBlock3D), "phi", "0", nn.AvgPool3d((1, 2, 2))),
+    "no norm": (lambda: block(published.BATBlock), "conv1", "1", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_another_module_in_a_part_keeps_its_say(case: str) -> None:
+    """Whether ours calls that part itself, or the block is left."""
+    make, path, name, other = SHARED[case]
+    inner = make()
+    setattr(inner.get_submodule(path), name, other)
+    model: Any = nn.ModuleDict({"inner": inner, "spare": rsa()}).to(DEVICE, torch.float64)
+    twin, x = copy.deepcopy(model), values(VIDEO, dtype=torch.float64)
+    dt.swap(model)
+
+    def call(one: nn.Module) -> Callable[[Tensor], Tensor]:
+        def drawing(x: Tensor) -> Tensor:
+            torch.manual_seed(5)
+            return one(x)
+
+        return drawing
+
+    for training in (True, False):
+        model.train(training), twin.train(training)
+        actual, expected = (run(one.inner, x, call=call(one.inner)) for one in (model, twin))
+        assert_same(actual, expected, torch.float64)
 
 
 # --- again, and back ------------------------------------------------------------------------------------------------
@@ -867,5 +1128,5 @@ def test_data_parallel(tmp_path: Path) -> None:
             for key, value in expected["state"].items():
                 assert (found["state"][key] - value).abs().max() <= 1e-5, key
         for key, value in ranks[0][f"{name}, inside"]["state"].items():
-            if "bn" not in key:  # statistics are each rank's own
+            if "running" not in key:  # statistics are each rank's own
                 assert_identical(ranks[1][f"{name}, inside"]["state"][key], value, key)

@@ -13,26 +13,43 @@ from ..pretrained import Pretrained
 from ..validate import flag, is_integer, positive_int, what
 from .families import Family, register
 
-_PUBLISHED = {"window_rule": "logit"}
-_IMAGES = {"dimensions": 2, "normalisation": "sigmoid", **_PUBLISHED}
+_PUBLISHED: dict[str, Any] = {"window_rule": "logit"}
+_IMAGES: dict[str, Any] = {"dimensions": 2, "normalisation": "sigmoid", **_PUBLISHED}
 
 
-def _count(op: str, name: str, value: object) -> int:
-    if not is_integer(value) or not 0 <= value < 2**31:  # type: ignore[operator]
-        raise ValueError(f"{op}: {name} is {what(value)}; accepted is an integer >= 0 and below 2**31")
-    return int(value)  # type: ignore[call-overload]
+def _sizes(op: str, in_channels: int, r: int = 1, tk: int = 0, **positive: int) -> dict[str, Any]:
+    """Check the authors' sizes under their names; the layer's options that they are."""
+    for name, value in {"in_channels": in_channels, "r": r, **positive}.items():
+        positive_int(op, name, value)
+    if not is_integer(tk) or not 0 <= tk < 2**31:
+        raise ValueError(f"{op}: tk is {what(tk)}; accepted is an integer >= 0 and below 2**31")
+    inner = in_channels // r
+    if not inner:
+        raise ValueError(f"{op}: r is {r}; accepted is at most in_channels, {in_channels}")
+    for name, groups in {"k": positive["k"], "tk": tk}.items():
+        if groups and inner % groups:
+            channels = "in_channels" if r == 1 else "in_channels // r"
+            raise ValueError(f"{op}: {name} is {groups}; accepted is a divisor of {channels}, {inner}")
+    options = {"window": positive["s"], "groups": positive["k"]}
+    return options | ({"temporal_window": positive["ts"], "temporal_groups": tk} if "ts" in positive else {})
+
+
+def _probability(op: str, dropout: float) -> float:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"{op}: dropout is {what(dropout)}; accepted is a probability, 0 to 1")
+    return dropout
+
+
+# keep_regions is accepted for every module; these have no regions
 
 
 class BATransform(bat.BATransform):
     """The published BATransform of clips (B, C, T, H, W); cells that no window covers have logit 0."""
 
-    def __init__(
-        self, in_channels: int, s: int, ts: int, k: int, tk: int, *, keep_regions: bool = False
-    ):  # keep_regions: accepted for every module; this one has no regions
-        flag("models.non_local.BATransform", "keep_regions", keep_regions)
-        tk = _count("models.non_local.BATransform", "tk", tk)
-        options: dict[str, Any] = {"temporal_groups": tk, **_PUBLISHED}
-        super().__init__(in_channels, window=s, temporal_window=ts, groups=k, **options)
+    def __init__(self, in_channels: int, s: int, ts: int, k: int, tk: int, *, keep_regions: bool = False):
+        op = "models.non_local.BATransform"
+        flag(op, "keep_regions", keep_regions)
+        super().__init__(in_channels, **_sizes(op, in_channels, tk=tk, s=s, ts=ts, k=k), **_PUBLISHED)
 
 
 class BATBlock(bat.BATBlock):
@@ -50,18 +67,19 @@ class BATBlock(bat.BATBlock):
         *,
         keep_regions: bool = False,
     ):
-        flag("models.non_local.BATBlock", "keep_regions", keep_regions)
-        tk = _count("models.non_local.BATBlock", "tk", tk)
-        options: dict[str, Any] = {"temporal_groups": tk, **_PUBLISHED}
-        super().__init__(in_channels, reduction=r, dropout=dropout, window=s, temporal_window=ts, groups=k, **options)
+        op = "models.non_local.BATBlock"
+        flag(op, "keep_regions", keep_regions)
+        sizes = _sizes(op, in_channels, r, tk, s=s, ts=ts, k=k)
+        super().__init__(in_channels, reduction=r, dropout=_probability(op, dropout), **sizes, **_PUBLISHED)
 
 
 class ImageBATransform(bat.BATransform):
     """The published BATransform of images (B, C, H, W): a sigmoid divided by its sum."""
 
     def __init__(self, in_channels: int, s: int, k: int, *, keep_regions: bool = False):
-        flag("model_zoo.non_local.BATransform", "keep_regions", keep_regions)
-        super().__init__(in_channels, window=s, groups=k, **_IMAGES)  # type: ignore[arg-type]
+        op = "model_zoo.non_local.BATransform"
+        flag(op, "keep_regions", keep_regions)
+        super().__init__(in_channels, **_sizes(op, in_channels, s=s, k=k), **_IMAGES)
 
 
 class ImageBATBlock(bat.BATBlock):
@@ -70,8 +88,14 @@ class ImageBATBlock(bat.BATBlock):
     def __init__(
         self, in_channels: int, r: int = 2, s: int = 4, k: int = 4, dropout: float = 0.2, *, keep_regions: bool = False
     ):
-        flag("model_zoo.non_local.BATBlock", "keep_regions", keep_regions)
-        super().__init__(in_channels, reduction=r, dropout=dropout, window=s, groups=k, **_IMAGES)  # type: ignore[arg-type]
+        op = "model_zoo.non_local.BATBlock"
+        flag(op, "keep_regions", keep_regions)
+        sizes = _sizes(op, in_channels, r, s=s, k=k)
+        super().__init__(in_channels, reduction=r, dropout=_probability(op, dropout), **sizes, **_IMAGES)
+
+    def init_modules(self) -> None:
+        """Start as published: convolutions keep their biases."""
+        start(self, 1.0, biases=False)
 
 
 class _NonLocal(nonlocal_block.NonLocalBlock):
@@ -92,8 +116,16 @@ class _NonLocal(nonlocal_block.NonLocalBlock):
         keep_regions: bool = False,
     ):
         op = f"models.non_local.{type(self).__name__}"
-        flag(op, "keep_regions", keep_regions)
-        norm = "batch" if flag(op, "bn_layer", bn_layer) else "none"
+        positive_int(op, "in_channels", in_channels)
+        if inter_channels is not None:
+            positive_int(op, "inter_channels", inter_channels)
+        inner = max(in_channels // 2, 1) if inter_channels is None else inter_channels
+        if inner % positive_int(op, "head", head):
+            raise ValueError(f"{op}: head is {head}; accepted is a divisor of inter_channels, {inner}")
+        flags = {"sub_sample": sub_sample, "bn_layer": bn_layer, "use_scale": use_scale, "zero_init": zero_init}
+        for name, value in {**flags, "keep_regions": keep_regions}.items():
+            flag(op, name, value)
+        norm = "batch" if bn_layer else "none"
         super().__init__(
             in_channels, inter_channels, dimensions=self._DIMENSIONS, heads=head, sub_sample=sub_sample,
             scale=use_scale, norm=norm, zero_init=zero_init,
@@ -178,9 +210,10 @@ def _attention(module: Any) -> dict[str, Any]:
 
 
 def _clip_shape(ours: Any) -> tuple[int, ...]:
-    """Two coarse rows of a window, three columns, two frames."""
+    """Where matrices are written out on every axis, and two windows slide over rows and columns."""
     inner = ours if isinstance(ours, bat.BATransform) else ours.batransform
-    return 2, ours.in_channels, 2 * inner.temporal_window, 2 * inner.window, 3 * inner.window
+    scale, cells = (2 if inner.window > 2 else 1), inner.window + 1
+    return 2, ours.in_channels, 2 * inner.temporal_window, scale * cells, (scale + 1) * cells
 
 
 def _image_shape(ours: Any) -> tuple[int, ...]:

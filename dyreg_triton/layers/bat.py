@@ -13,7 +13,7 @@ from ..autocast import full_precision
 from ..pretrained import Pretrained
 from ..validate import choice, is_integer, layer_input, positive_int, what
 from .leaves import tensor_of
-from .windows import Axis, cut, cut_alike, extended, normalised
+from .windows import Axis, cut, cut_columns, extended, normalised
 
 NORMALISATIONS = ("softmax", "sigmoid")
 AXES = ("input", "output")
@@ -40,12 +40,12 @@ def _pointwise(inputs: int, outputs: int, dimensions: int) -> nn.Sequential:
     return nn.Sequential(convolution(dimensions)(inputs, outputs, 1), norm(outputs), nn.ReLU(inplace=True))
 
 
-def start(module: nn.Module, norm_weight: float) -> None:
-    """The published start: convolutions of Kaiming's variance without bias, norms of this weight."""
+def start(module: nn.Module, norm_weight: float, *, biases: bool = True) -> None:
+    """The published start: convolutions of Kaiming's variance, and with `biases` without bias; norms of this weight."""
     for part in module.modules():
         if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-            if part.bias is not None:
+            if biases and part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)):
             nn.init.constant_(part.weight, norm_weight)
@@ -142,11 +142,17 @@ class BATransform(Pretrained):
 
     def matrices(self, x: Tensor) -> Matrices:
         """P, Q and R of an input, which is extended where it is no multiple: T, H and W are then the extended ones."""
-        return self._matrices(x, *self._axes(x))
+        self._check(x)
+        return self._matrices(x, *self.axes(x))
 
-    def _axes(self, x: Tensor) -> tuple[Axis | None, Axis, Axis]:
-        """How frames (None: they are not mixed), rows and columns of a good input are cut."""
+    def _check(self, x: Tensor) -> None:
         clip_input("BATransform", x, self.conv2, self.in_channels, self.dimensions)
+
+    def axes(self, x: Tensor) -> tuple[Axis | None, Axis, Axis]:
+        """How frames (None: they are not mixed), rows and columns of an x of any channels are cut.
+
+        Raises ValueError where x is smaller than a window, or is no multiple and the layer refuses it.
+        """
         s, ts = self.window, self.temporal_window
         names = {"H": (-2, s), "W": (-1, s)} | ({"T": (-3, ts)} if self.temporal_groups else {})
         for name, (dim, window) in names.items():
@@ -157,7 +163,7 @@ class BATransform(Pretrained):
                     f"{option} = {window}"
                 )
         down = cut(x.shape[-2], s)
-        axes = (cut(x.shape[-3], ts) if self.temporal_groups else None), down, cut_alike(x.shape[-1], s, down, s)
+        axes = (cut(x.shape[-3], ts) if self.temporal_groups else None), down, cut_columns(x.shape[-1], s, down)
         for name, axis in zip("THW", axes, strict=True):
             if axis is not None and axis.extension and self.remainder == "refuse":
                 raise ValueError(
@@ -169,11 +175,11 @@ class BATransform(Pretrained):
 
     def _matrices(self, x: Tensor, time: Axis | None, down: Axis, across: Axis) -> Matrices:
         out = self.conv1(x)
-        if time is not None:
-            out = extended(out, -3, time.extension)
-        whole = extended(extended(out, -2, down.extension), -1, across.extension)
-        rows = self._pooled(whole, (down.scale, whole.shape[-1]))
-        columns = self._pooled(whole, (whole.shape[-2], across.scale))
+        for dim, axis in zip((-3, -2, -1), (time, down, across), strict=True):
+            if axis is not None:
+                out = extended(out, dim, axis.extension)
+        rows = self._pooled(out, (down.scale, out.shape[-1]))
+        columns = self._pooled(out, (out.shape[-2], across.scale))
         p = self._weights(self.conv_p(rows).squeeze(-1), self.groups, self.window, -1)
         q = self._weights(self.conv_q(columns).squeeze(-2), self.groups, self.window, -2)
         if time is None:
@@ -198,7 +204,8 @@ class BATransform(Pretrained):
             return normalised(logits, axis, self.normalisation, self.window_rule)
 
     def forward(self, x: Tensor) -> Tensor:
-        axes = self._axes(x)
+        self._check(x)
+        axes = self.axes(x)
         matrices = self._matrices(x, *axes)
         size = x.shape[2:]
         for dim, axis in zip((-3, -2, -1), axes, strict=True):
@@ -255,6 +262,7 @@ class BATBlock(Pretrained):
 
     def forward(self, x: Tensor) -> Tensor:
         clip_input("BATBlock", x, self.conv1, self.in_channels, self.dimensions)
+        self.batransform.axes(x)  # refuses what it cannot take, before anything runs
         return self.dropout(self.conv2(self.batransform(self.conv1(x)))) + x
 
     def extra_repr(self) -> str:

@@ -35,13 +35,13 @@ def cut(length: int, window: int) -> Axis:
     return Axis(length, -(-length // scale), scale)
 
 
-def cut_alike(length: int, window: int, other: Axis, other_window: int) -> Axis:
-    """The coarse cells of the columns: as many as the rows', `other`, where that divides them; else `cut`.
+def cut_columns(length: int, window: int, rows: Axis) -> Axis:
+    """The coarse cells of the columns, by themselves but for one case, for which the published code is followed.
 
-    The published code takes the rows' number for both.
+    It takes the rows' number for both: where two windows slide over the rows, they do over columns that it divides.
     """
-    if window == other_window and length % other.cells == 0:
-        return Axis(length, other.cells, length // other.cells)
+    if rows.cells == window + 1 and rows.extension == 0 and length % rows.cells == 0:
+        return Axis(length, rows.cells, length // rows.cells)
     return cut(length, window)
 
 

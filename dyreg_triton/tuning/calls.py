@@ -38,7 +38,7 @@ class TunedCall(NamedTuple):
     """One call of an op.
 
     Attributes:
-        op: "region_pool", "region_remap", "region_kernel" or "relational_attention".
+        op: "region_pool", "region_remap", "region_kernel", "relational_attention" or "bilinear_transform".
         tensors: by name {"shape": [...], "dtype": "bfloat16", "layout": "contiguous" or "channels_last"}.
         options: its other arguments by name, such as {"profile": "linear"} or {"eps": 1e-6}.
         backward: whether its backward runs too, or the names of the tensors that want a gradient where not all do.
@@ -102,7 +102,7 @@ def _wanted(tensors: Mapping[str, Tensor]) -> bool | list[str]:
 
 
 def _spec(name: str, t: Tensor, op: str) -> dict[str, Any]:
-    channels = -4 if op == "relational_attention" else -3
+    channels = -3 if op.startswith("region") else -4
     innermost = name in ("x", "q", "k", "v") and t.stride(channels) == 1 and not t.is_contiguous()
     layout = "channels_last" if innermost else "contiguous"
     return {"shape": list(t.shape), "dtype": str(t.dtype)[6:], "layout": layout}
@@ -174,6 +174,7 @@ def checked(fields: Any) -> TunedCall:
 
 def _take(call: TunedCall) -> None:
     """Run the op's own checks of a call, on tensors without data; ValueError where the op would not take it."""
+    from ..validate.bilinear import bilinear_arguments
     from ..validate.region import region_arguments
     from ..validate.relational import relational_arguments
 
@@ -181,10 +182,13 @@ def _take(call: TunedCall) -> None:
         name: torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]), device="meta")
         for name, spec in call.tensors.items()
     }
+    must, may = TENSORS[call.op]
+    every = dict.fromkeys((*must, *may)) | tensors
     try:
         if call.op == "relational_attention":
-            must, may = TENSORS[call.op]
-            relational_arguments(call.op, dict.fromkeys((*must, *may)) | tensors, call.options.get("eps"))
+            relational_arguments(call.op, every, call.options.get("eps"))
+        elif call.op == "bilinear_transform":
+            bilinear_arguments(call.op, every)
         else:
             size = call.options.get("size")
             tensors["size"] = tuple(size) if isinstance(size, (list, tuple)) else size
@@ -201,8 +205,9 @@ def _take(call: TunedCall) -> None:
 def preset(name: str, dtypes: Sequence[str]) -> list[TunedCall]:
     """The calls of a preset in these dtypes.
 
-    "papers": DyReG's on the last three stages of a ResNet-50 (16 clips of 10 frames, 9 regions), and RSANet-R50's four
-    stages (8 clips of 8 frames, window 5x7x7). "quick": one small call of each op.
+    "papers": DyReG's on the last three stages of a ResNet-50 (16 clips of 10 frames, 9 regions), RSANet-R50's four
+    stages (8 clips of 8 frames, window 5x7x7), and the blocks of the ResNet-50 with BAT (8 clips of 4 frames, 8 groups,
+    frames mixed and not). "quick": one small call of each op.
     """
     found = []
     for dtype in dtypes:
@@ -212,6 +217,10 @@ def preset(name: str, dtypes: Sequence[str]) -> list[TunedCall]:
         stages = [(8, 56), (16, 28), (32, 14), (64, 7)] if name == "papers" else [(8, 14)]
         for channels, side in stages:
             found.append(relational_call(8 if name == "papers" else 1, channels, (8, side, side), dtype))
+        blocks = [(256, 28), (512, 14)] if name == "papers" else [(32, 14)]
+        for channels, side in blocks:
+            clips = 8 if name == "papers" else 1
+            found += [bilinear_call((clips, channels, 4, side, side), 8, mixes, dtype) for mixes in (0, 4)]
     return found
 
 
@@ -236,3 +245,20 @@ def relational_call(clips: int, channels: int, size: tuple[int, int, int], dtype
     }  # fmt: skip
     tensors = {name: {"shape": list(s), "dtype": dtype, "layout": "contiguous"} for name, s in shapes.items()}
     return TunedCall("relational_attention", tensors, {"eps": 1e-6}, True)
+
+
+def bilinear_call(shape: tuple[int, int, int, int, int], groups: int, mixes: int, dtype: str) -> TunedCall:
+    """A block of BAT: windows of 7 x 7 coarse cells and 4 frames; without mixed frames where `mixes` is 0."""
+    clips, _, frames, _, _ = shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": shape,
+        "p": (clips, groups, frames, 7, 7),
+        "q": (clips, groups, frames, 7, 7),
+    }
+    if mixes:
+        shapes["t"] = (clips, mixes, 4, 4)
+    tensors = {
+        name: {"shape": list(s), "dtype": dtype if name == "x" else "float32", "layout": "contiguous"}
+        for name, s in shapes.items()
+    }
+    return TunedCall("bilinear_transform", tensors, {}, True)

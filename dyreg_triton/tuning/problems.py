@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .calls import TunedCall
-from .keys import Key, region_key, relational_key
+from .keys import Key, bilinear_key, region_key, relational_key
 from .rooms import ROOMS
 
 
@@ -18,6 +18,8 @@ def keys_of(call: TunedCall, family: str) -> list[Key]:
     feature = torch.empty(0, dtype=call.dtype())
     if call.op == "relational_attention":
         return _relational_keys(call, feature)
+    if call.op == "bilinear_transform":
+        return _bilinear_keys(call, feature, family)
     lead = call.shape("regions")[:-2]
     frames, nodes = math.prod(lead), call.shape("regions")[-2]
     if call.op == "region_pool":
@@ -59,8 +61,34 @@ def _relational_keys(call: TunedCall, feature: Tensor) -> list[Key]:
     return [relational_key(kind, clips, *sizes, feature) for kind in kinds]
 
 
+def _bilinear_keys(call: TunedCall, feature: Tensor, family: str) -> list[Key]:
+    shape, groups = call.shape("x"), call.shape("p")[1]
+    cells = call.shape("p")[-1], call.shape("q")[-1]
+    mixes, ts = (call.shape("t")[1], call.shape("t")[-1]) if "t" in call.tensors else (1, 1)
+
+    def key(kind: str) -> Key:
+        if kind.startswith("mix"):
+            return bilinear_key(kind, shape, mixes, (1, 1), mixes, ts, feature)
+        if kind.endswith("mixed"):
+            return bilinear_key(kind, shape, groups, cells, mixes, ts, feature)
+        return bilinear_key(kind, shape, groups, cells, 1, 1, feature)
+
+    if "t" not in call.tensors:
+        return [key("forward")] + [key("backward")] * bool(call.backward)
+
+    def fused(kind: str) -> bool:
+        return ROOMS["bilinear"].default(key(kind), family).fused
+
+    kinds = ["forward_mixed"] if fused("forward_mixed") else ["forward", "mix"]
+    if call.backward:
+        passes = ["mix_backward"] + ["forward"] * call.wants("t") + ["backward"] * call.wants("x", "p", "q")
+        kinds += ["backward_mixed"] if fused("backward_mixed") else passes
+    return list(dict.fromkeys(key(kind) for kind in kinds))
+
+
 def case_of(call: TunedCall, most: int | None = None) -> Any:
     """The `dt.testing` case of a call, of at most so many frames or clips."""
+    from ..testing.bilinear import BilinearCase
     from ..testing.regions import RegionCase
     from ..testing.relational import RelationalCase
 
@@ -76,6 +104,16 @@ def case_of(call: TunedCall, most: int | None = None) -> Any:
             kernel if kernel != "V" or "p1" in call.tensors else "V published", context, (kt, kh, kw), (t, h, w),
             clips if most is None else min(clips, most), queries, c, d, call.shape("v")[1],
             call.shape("g")[0] if "g" in call.tensors else 1, call.options.get("eps"), dtype=call.dtype(),
+            layouts={n: "channels_last_3d" if layout == "channels_last" else layout for n, layout in layouts.items()},
+            grad_layout="aligned",
+        )  # fmt: skip
+    if call.op == "bilinear_transform":
+        clips, channels, frames, h, w = call.shape("x")
+        return BilinearCase(
+            (call.shape("p")[-1], call.shape("q")[-1]), (h, w),
+            (call.shape("t")[1], call.shape("t")[-1]) if "t" in call.tensors else None, frames,
+            clips if most is None else min(clips, most), channels, call.shape("p")[1], dtype=call.dtype(),
+            matrices_dtype=getattr(torch, call.tensors["p"]["dtype"]),
             layouts={n: "channels_last_3d" if layout == "channels_last" else layout for n, layout in layouts.items()},
             grad_layout="aligned",
         )  # fmt: skip
@@ -110,7 +148,7 @@ class Running:
             return spec.values().to(device)
         t = torch.randn(spec.shape, device=device).to(spec.dtype) * getattr(spec, "scale", 1.0)
         if call.tensors[name]["layout"] == "channels_last":
-            axis = -4 if call.op == "relational_attention" else -3
+            axis = -3 if call.op.startswith("region") else -4
             t = t.movedim(axis, -1).contiguous().movedim(-1, axis)
         return t
 

@@ -30,6 +30,7 @@ class Room:
         within: a config with nothing larger than the sizes of a key.
         fitted: a config of a similar key, made to fit this one's sizes; what depends on them alone is the heuristic's.
         steps: configs one step away from a config.
+        launches: the kinds of the kernels that are launched for a key with a config; by default its own.
     """
 
     config: type
@@ -39,6 +40,7 @@ class Room:
     within: Callable[[Any, Key], Any]
     fitted: Callable[[Any, Key, str], Any]
     steps: Callable[[Any, Key], Iterator[Any]]
+    launches: Callable[[Key, Any], tuple[str, ...]] = lambda key, config: (key.kind,)
 
 
 def _power(n: int, least: int = 1) -> int:
@@ -209,10 +211,20 @@ def _bilinear_steps(config: BilinearConfig, key: Key) -> Iterator[BilinearConfig
             yield step
 
 
+_IN_PASSES = {  # where frames are not mixed in the same pass
+    "forward_mixed": ("forward", "mix"),
+    "backward_mixed": ("mix_backward", "forward", "backward"),
+}
+
+
+def _bilinear_launches(key: Key, config: BilinearConfig) -> tuple[str, ...]:
+    return (key.kind,) if config.fused else _IN_PASSES.get(key.kind, (key.kind,))
+
+
 ROOMS = {
     "bilinear": Room(
         BilinearConfig, ("common", "bilinear"), _bilinear_default, _bilinear_similar, _bilinear_within,
-        _bilinear_fitted, _bilinear_steps,
+        _bilinear_fitted, _bilinear_steps, _bilinear_launches,
     ),
     "region": Room(
         Config, ("common", "profiles", "region"), _region_default, lambda key: (), _region_within, _region_fitted,

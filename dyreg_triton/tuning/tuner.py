@@ -30,7 +30,7 @@ Timer = Callable[[Callable[[], None]], float]
 _TOLERANCE = dict(zip(ELEMENTS, (1e-2, 1e-5, 2e-3, 1e-10), strict=True))
 _INTERPRETED = 3e-2  # of 16 bits: the interpreter stores towards zero
 # Frames or clips of a check, whose reference takes memory: it differs from what is timed in how many programs run.
-_MOST = {"region": 32, "relational": 2}
+_MOST = {"region": 32, "relational": 2, "bilinear": 2}
 
 
 class BrokenDevice(RuntimeError):
@@ -155,9 +155,10 @@ class KernelJob:
         from ..launch import Launch, watched
 
         launches: list[tuple[Launch, tuple[Any, ...]]] = []
+        kinds = self.room.launches(self.key, config)
 
         def keep(launch: Launch, args: tuple[Any, ...]) -> None:
-            if launch.key[:2] == self.key[:2]:
+            if launch.key.op == self.key.op and launch.key.kind in kinds:
                 launches.append((launch, args))
 
         def again() -> None:
@@ -167,6 +168,8 @@ class KernelJob:
         try:
             with self._with(config), backend("triton"), torch.enable_grad(), watched(keep):
                 self.running()()
+            if not launches:
+                raise ValueError("nothing is launched")
             found = self.timer(again)
             if not 0 < found < math.inf:
                 raise ValueError(f"the timer says {found!r} seconds")
@@ -234,7 +237,7 @@ def tune(
     Args:
         calls: what to tune for, as `recording` gives it; None: those of `shapes`.
         shapes: "papers", "quick", or a JSON file of calls (`tuning.calls.save`).
-        ops: "region", "relational"; None: all.
+        ops: "region", "relational", "bilinear"; None: all.
         dtypes: of the presets.
         budget: seconds; None: no limit.
         path: the file; None: the user's, which lookups read.
