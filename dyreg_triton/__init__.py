@@ -7,7 +7,7 @@ from .dispatch import backend
 from .swapping import SwapError, SwapReport, swap
 
 if TYPE_CHECKING:
-    from . import testing
+    from . import testing, viz
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,12 +22,13 @@ __all__ = [
     "swap",
     "testing",
     "tuning",
+    "viz",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":  # at first use: who only computes need not wait for it
+    if name in ("testing", "viz"):  # at first use: who only computes need not wait for it
         import importlib
 
-        return importlib.import_module(f"{__name__}.testing")
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

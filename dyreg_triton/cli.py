@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .tuning import command
+from .viz import command as viz
 
 
 def version_of(package: str) -> str:
@@ -184,6 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="What follows -- is the command line that the module of --from sees.",
     )
     command.add_arguments(tuned, _factory, _shape, _device)
+    shown = commands.add_parser(
+        "viz",
+        help="draw what the bilinear attentional transforms in your model attend to, over a clip",
+        epilog="What follows -- is the command line that the factory's module sees.",
+    )
+    viz.add_arguments(shown, _factory, _device)
     given = list(sys.argv[1:] if argv is None else argv)
     end = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:end])
@@ -194,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "tune":
             return command.main(options, lambda factory: _model(factory, arguments))
+        if options.command == "viz":
+            return viz.main(options, lambda factory: _model(factory, arguments))
         print(_swap(options, arguments))
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
