@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .rows import Check
 
 # Each is a module of this package with `checks(machine)` and `cells(kind, quick=...)`, of which bench.rows tells.
-SUITES = ("device", "region", "relational", "overhead")
+SUITES = ("device", "region", "relational", "bilinear", "overhead")
 RESULTS = Path(__file__).parent / "results"
 BUDGET = 510.0  # seconds of `run all`, where none is given
 

@@ -29,11 +29,11 @@ from torch import Tensor
 import dyreg_triton as dt
 from dyreg_triton.launch import watched
 
-from . import region, relational
+from . import bilinear, region, relational
 from .measure import TOLERANCE, Machine, Times, relative_error
 from .rows import SCHEMA, Cell, Check, Rank, Row, Rows, Tensors, name_of
 
-OPS = ("region_kernel", *region.OPS, relational.OP)
+OPS = ("region_kernel", *region.OPS, relational.OP, bilinear.OP)
 DTYPE = torch.float32
 MODES = ("forward", "forward with gradient", "backward")
 GOAL = {"forward with gradient": 25e-6}  # seconds
@@ -42,6 +42,8 @@ BATCH = 20  # calls between two drains: all their launches fit a GPU's queue
 SECONDS = 0.3  # to spend on a row's times, and again on its samples
 REGIONS = region.Problem(4, 64, 14, 14)
 CLIPS = relational.Problem(1, 8, (4, 7, 7), window=(3, 3, 3))
+MAPS = bilinear.Problem(1, 16, 4, 14, 14, k=4)
+LABELS = dict.fromkeys(OPS, REGIONS.label) | {relational.OP: CLIPS.label, bilinear.OP: MAPS.label}
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ def _op(name: str, device: torch.device) -> Op:
         projected, _, *weights = problem.inputs(DTYPE, device)
         inputs = (*CLIPS.split(projected), *weights)
         return Op(CLIPS.label, inputs, relational.ours, relational.published)
+    if name == bilinear.OP:
+        x, _, *matrices = MAPS.inputs(DTYPE, device)
+        return Op(MAPS.label, (x, *matrices), bilinear.ours, bilinear.published)
     x, nodes, regions = REGIONS.inputs(DTYPE, device)
     if name == "region_kernel":
         return Op(
@@ -118,8 +123,7 @@ def cells(kind: str, *, quick: bool) -> Iterator[Cell]:
         print(f"no launch overhead is measured: {reason}")
         return
     for op in OPS:
-        label = (CLIPS if op == relational.OP else REGIONS).label
-        yield Cell(Rank.SMALL, op, "launch", f"{label}, {name_of(DTYPE)}", len(MODES), partial(_rows, op))
+        yield Cell(Rank.SMALL, op, "launch", f"{LABELS[op]}, {name_of(DTYPE)}", len(MODES), partial(_rows, op))
 
 
 def _no_standin() -> str | None:

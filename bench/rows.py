@@ -205,7 +205,7 @@ def line(row: Row) -> str:
     """A row of `compared` in one line."""
     ratios = [f"{value:.2f}x {name} ({row['less_memory'][name]:.1f}x memory)" for name, value in row["speedup"].items()]
     return (
-        f"{row['op']:20} {row['part']:8} {row['mode']:16} {row['label']:34} {row['dtype']:8} "
+        f"{row['op']:20} {row['part']:8} {row['mode']:16} {row['label']:48} {row['dtype']:8} "
         f"{row['seconds']['ours'] * 1e3:9.3f} ms, {row['extra_bytes']['ours'] / 2**20:7.1f} MiB, "
         f"{', '.join(ratios) or 'alone'}, {row['of_floor']:.0%} of the floor's speed, error {row['errors']['ours']:.0e}"
     )

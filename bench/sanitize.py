@@ -23,6 +23,7 @@ from torch import Tensor
 
 import dyreg_triton as dt
 from dyreg_triton import dispatch
+from dyreg_triton.testing.bilinear import BilinearCase
 from dyreg_triton.testing.relational import RelationalCase
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
@@ -93,17 +94,61 @@ class Relational:
         return leaves, grad_output
 
     def tolerance(self, device: torch.device) -> float:
-        """On the CPU twice as much for bfloat16: the interpreter stores it by rounding towards zero."""
-        return TOLERANCE[self.dtype] * (2 if self.dtype == torch.bfloat16 and device.type == "cpu" else 1)
+        return stored(self.dtype, device)
 
     def function(self, op: str, module: ModuleType) -> Callable[..., Tensor]:
         return self.call.function(module)
+
+
+@dataclass(frozen=True)
+class Bilinear:
+    """What the bilinear transform is called with, x and the gradient of y contiguous or with their channels last."""
+
+    OPS: ClassVar[tuple[str, ...]] = ("bilinear_transform",)
+
+    call: BilinearCase
+    channels_last: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.call.dtype
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        (rows, columns), temporal = self.call.cells, self.call.temporal
+        mixed = f"{temporal[1]} frames mixed" if temporal else "no frames mixed"
+        return f"{str(self.dtype)[6:]}, {layout}, {rows}x{columns} coarse cells, {mixed}"
+
+    def inputs(self, op: str) -> tuple[dict[str, Tensor], Tensor]:
+        leaves = self.call.values()
+        grad_output = leaves.pop("grad_output")
+        if self.channels_last:
+            leaves["x"], grad_output = (
+                clip.contiguous(memory_format=torch.channels_last_3d) for clip in (leaves["x"], grad_output)
+            )
+        return leaves, grad_output
+
+    def tolerance(self, device: torch.device) -> float:
+        return stored(self.dtype, device)
+
+    def function(self, op: str, module: ModuleType) -> Callable[..., Tensor]:
+        return self.call.function(module)
+
+
+def stored(dtype: torch.dtype, device: torch.device) -> float:
+    """The tolerance; on the CPU twice as much for bfloat16: the interpreter stores it by rounding towards zero."""
+    return TOLERANCE[dtype] * (2 if dtype == torch.bfloat16 and device.type == "cpu" else 1)
 
 
 # sizes divide no block, and windows reach over every border
 _RELATIONAL = RelationalCase(
     kernel_size=(3, 3, 3), clip=(2, 3, 5), batch=2, queries=3, channels=5, latent=6, value_channels=5, mixed=7, eps=1e-6
 )
+_BILINEAR = BilinearCase(
+    cells=(3, 5), size=(6, 15), temporal=(3, 3), frames=6, batch=2, channels=18, groups=2, matrices_dtype=torch.float32
+)
+_MANY: dict[str, Any] = {"cells": (9, 11), "size": (18, 11)}
+_LONG: dict[str, Any] = {"cells": (7, 7), "size": (7, 7), "temporal": (1, 50), "frames": 50, "channels": 6, "batch": 1}
 CASES = (
     # every pair of (dtype, number of regions, layout) comes up
     Case(torch.float32, 5, False, "linear"),
@@ -113,20 +158,30 @@ CASES = (
     # either order of evaluation, which the number of queries decides; a window that is even and longer than the clip
     Relational(_RELATIONAL, False),
     Relational(replace(_RELATIONAL, queries=1, kernel_size=(2, 3, 8), dtype=torch.bfloat16), True),
+    # by kron(P, Q^T) and by one after the other, frames not mixed, mixed in the same pass, and in one of their own,
+    # each contiguous and with the channels last
+    Bilinear(replace(_BILINEAR, temporal=None), False),
+    Bilinear(replace(_BILINEAR, temporal=None, **_MANY, dtype=torch.bfloat16), True),
+    Bilinear(replace(_BILINEAR, dtype=torch.bfloat16), False),
+    Bilinear(replace(_BILINEAR, **_MANY), True),
+    Bilinear(replace(_BILINEAR, **_LONG), False),
+    Bilinear(replace(_BILINEAR, **_LONG, dtype=torch.bfloat16), True),
 )
 
 
 def kernels(folder: Path = KERNELS) -> dict[str, str]:
-    """{kernel: its file}: the @triton.jit functions that ask for their program id, or that no other one calls."""
-    functions: dict[str, tuple[str, set[str]]] = {}
+    """{kernel: its file}: the @triton.jit functions that no other one calls, or that ask for their program id and
+    return nothing."""
+    functions: dict[str, tuple[str, set[str], bool]] = {}
     for path in sorted(folder.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
                 names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
                 names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-                functions[node.name] = path.name, names - {node.name}
-    called = set(itertools.chain.from_iterable(names for _, names in functions.values()))
-    return {name: file for name, (file, names) in functions.items() if "program_id" in names or name not in called}
+                gives = any(isinstance(n, ast.Return) and n.value is not None for n in ast.walk(node))
+                functions[node.name] = path.name, names - {node.name}, "program_id" in names and not gives
+    called = set(itertools.chain.from_iterable(names for _, names, _ in functions.values()))
+    return {name: file for name, (file, _, asks) in functions.items() if asks or name not in called}
 
 
 @contextlib.contextmanager
@@ -170,7 +225,7 @@ def results(function: Callable[..., Tensor], leaves: dict[str, Tensor], grad_out
     return {"out": out.detach(), **{f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 
-def check(op: str, case: Case | Relational, device: torch.device) -> list[str]:
+def check(op: str, case: Case | Relational | Bilinear, device: torch.device) -> list[str]:
     """What is off about one op on one case, in words."""
     leaves, grad_output = case.inputs(op)
 

@@ -209,6 +209,15 @@ def operands(by_row, by_column, CELLS: tl.constexpr, JOINT: tl.constexpr, OPERAN
 
 
 @triton.jit
+def share(BLOCKS: tl.constexpr, PHASES: tl.constexpr, UNITS: tl.constexpr):
+    """What a program works on: (block of columns, phase or frame, unit, clip), all but the block as int64."""
+    pid = tl.program_id(0)
+    rest = pid // BLOCKS
+    unit = rest // PHASES
+    return pid % BLOCKS, (rest % PHASES).to(tl.int64), (unit % UNITS).to(tl.int64), (unit // UNITS).to(tl.int64)
+
+
+@triton.jit
 def bilinear_forward(
     x, p, q, r, y,
     X_STRIDES, P_STRIDES, Q_STRIDES, R_STRIDES, Y_STRIDES,
@@ -222,11 +231,7 @@ def bilinear_forward(
     COLUMNS: tl.constexpr = CU * SHAPE[2] * SHAPE[3]
     PHASES: tl.constexpr = FRAMES // TS if TS > 0 else FRAMES
     blocks: tl.constexpr = (COLUMNS + BLOCK_N * STEPS - 1) // (BLOCK_N * STEPS)
-    pid = tl.program_id(0).to(tl.int64)
-    block = (pid % blocks).to(tl.int32)
-    phase = pid // blocks % PHASES
-    unit = pid // blocks // PHASES % UNITS
-    b = pid // blocks // PHASES // UNITS
+    block, phase, unit, b = share(blocks, PHASES, UNITS)
     group = unit // (UNITS // GROUPS)
 
     if TS > 0:
@@ -332,11 +337,7 @@ def bilinear_backward(
     COLUMNS: tl.constexpr = CU * SHAPE[2] * SHAPE[3]
     PHASES: tl.constexpr = FRAMES // TS if TS > 0 else FRAMES
     blocks: tl.constexpr = (COLUMNS + BLOCK_N * STEPS - 1) // (BLOCK_N * STEPS)
-    pid = tl.program_id(0).to(tl.int64)
-    block = (pid % blocks).to(tl.int32)
-    phase = pid // blocks % PHASES
-    unit = pid // blocks // PHASES % UNITS
-    b = pid // blocks // PHASES // UNITS
+    block, phase, unit, b = share(blocks, PHASES, UNITS)
     group = unit // (UNITS // GROUPS)
     part = (b * UNITS + unit) * blocks + block
 
@@ -423,13 +424,9 @@ def bilinear_mix(
     COLUMNS: tl.constexpr = CU * SHAPE[0] * SHAPE[1]
     PHASES: tl.constexpr = FRAMES // TS
     blocks: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0).to(tl.int64)
-    block = pid % blocks
-    phase = pid // blocks % PHASES
-    unit = pid // blocks // PHASES % UNITS
-    b = pid // blocks // PHASES // UNITS
+    block, phase, unit, b = share(blocks, PHASES, UNITS)
 
-    n = block.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if Z_FORM[2]:
         c = n % CU
         cell = n // CU

@@ -104,7 +104,8 @@ def everything(machine: Row) -> list[Row]:
     dtypes = ("bfloat16", "float32") if cuda else ("float32",)
     rows = [device(machine), *(device(machine, "matmul", dtype) for dtype in dtypes)]
     for n, (mode, seconds) in enumerate((("forward", 1.8e-5), ("forward with gradient", 3e-5), ("backward", 2.6e-5))):
-        rows += [overhead(machine, mode, seconds + n * 1e-6, op=op) for op in ("region_pool", "relational_attention")]
+        ops = ("region_pool", "relational_attention", "bilinear_transform")
+        rows += [overhead(machine, mode, seconds + n * 1e-6, op=op) for op in ops]
 
     def add(
         suite: str, op: str, part: str, label: str, shape: list[int], size: float, work: float, **more: Any
@@ -152,6 +153,21 @@ def everything(machine: Row) -> list[Row]:
             add("relational", "relational_attention", name, label, [1, 8, 32, 8, 14, 14], size, work,
                 **{"taps": 245, "channels": 32, "batch": 1, name: value})  # fmt: skip
     add("relational", "relational_attention", "table1", "T 4, 14x14, 3x5x5", [1, 8, 8, 4, 14, 14], 1e6, 1e8)
+
+    def bilinear(part: str, b: int, c: int, t: int, side: int, tk: int = 4, **swept: Any) -> None:
+        shape, ts = [b, c, t, side, side], min(4, t) if tk else 0
+        size = 8.0 * math.prod(shape)
+        label = f"{'BATBlock, ' * (part == 'block')}B {b}, C {c}, {t}x{side}x{side}, k 8, tk {tk}"
+        about = {"batch": b, "channels": c, "cells": 7, "k": 8, "tk": tk, "ts": ts, "output_bytes": int(2 * size)}
+        label += "".join(f", {name} {value}" for name, value in swept.items())
+        add("bilinear", "bilinear_transform", part, label, shape, size, size * 4, **{**about, **swept})
+
+    for tk in (0, 4):
+        bilinear("stage", 64, 256, 1, 56, tk)
+        bilinear("stage", 8, 512, 8, 14, tk)
+    bilinear("block", 1, 256, 8, 28)
+    for n in (4, 7, 8, 14):
+        bilinear("cells", 1, 64, 4, 56, cells=n)
     return rows
 
 

@@ -18,7 +18,7 @@ import torch
 
 import bench.__main__ as command
 import dyreg_triton as dt
-from bench import measure, region, relational, rows
+from bench import bilinear, measure, region, relational, rows
 
 MACHINE = {
     "device", "kind", "capability", "copy_bandwidth", "torch", "triton", "python", "dyreg_triton", "commit", "date",
@@ -30,6 +30,8 @@ COMPARED = {
 }  # fmt: skip
 REGIONS = region.Problem(2, 3, 5, 6)
 CLIPS = relational.Problem(2, 3, (2, 3, 4), queries=2, window=(3, 3, 3))
+MAPS = bilinear.Problem(2, 6, 8, 6, 9, k=2, tk=3, cells=3)
+CPU = torch.device("cpu")
 
 
 def a_machine() -> measure.Machine:
@@ -44,6 +46,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(region, "SMALL", REGIONS)
     monkeypatch.setattr(relational, "SMALL", CLIPS)
+    monkeypatch.setattr(bilinear, "SMALL", MAPS)
     monkeypatch.setattr(overhead, "OPS", ("region_kernel",))
     monkeypatch.setattr(overhead, "SECONDS", 0.02)
     monkeypatch.setattr(overhead, "BATCH", 2)
@@ -106,12 +109,13 @@ def test_everything_in_one_command(small, tmp_path, capsys):
 
     status, found = run(tmp_path, "all", "--quick")
     assert status == 0
-    suites = ["device", "region", "relational"] + ["overhead"] * (overhead._no_standin() is None)
+    suites = ["device", "region", "relational", "bilinear"] + ["overhead"] * (overhead._no_standin() is None)
     assert [suite for suite, _ in itertools.groupby(row["suite"] for row in found)] == suites
     assert all(check(row) == row for row in found)  # may enter a report
     assert all(set(row) > MACHINE for row in found)
     said = capsys.readouterr().out
-    assert said.index("right: relational_attention") < said.index("copy ")  # correctness first
+    for op in ("relational_attention", "bilinear_transform"):
+        assert said.index(f"right: {op}") < said.index("copy ")  # correctness first
     assert (overhead._no_standin() or "stand-in driver") in said
 
 
@@ -150,7 +154,7 @@ def test_a_wrong_op_gives_no_rows(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dt.ops, "region_pool", doubtful(dt.ops.region_pool))
     status, found = run(tmp_path, "all", "--quick")
     assert status == 1
-    assert {"copy", "region_remap", "relational_attention"} <= {row["op"] for row in found}
+    assert {"copy", "region_remap", "relational_attention", "bilinear_transform"} <= {row["op"] for row in found}
     assert "region_pool" not in {row["op"] for row in found}
     assert "WRONG, no row of it is kept: region_pool 2x3x5x6" in capsys.readouterr().out
 
@@ -172,27 +176,29 @@ def test_an_op_that_fails_gives_no_rows(small, tmp_path, monkeypatch, capsys):
     assert "RuntimeError: no such kernel" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("suite", [region, relational])
+@pytest.mark.parametrize("suite", [region, relational, bilinear])
 def test_a_row_that_is_wrong_is_not_kept(small, tmp_path, monkeypatch, capsys, suite):
     monkeypatch.setattr(suite, "checks", lambda machine: ())  # as where only other problems than theirs are wrong
     monkeypatch.setattr(dt.ops, "region_pool", doubtful(dt.ops.region_pool))
     monkeypatch.setattr(relational, "ours", doubtful(relational.ours))
+    monkeypatch.setattr(bilinear, "ours", doubtful(bilinear.ours))
     status, found = run(tmp_path, suite.__name__.removeprefix("bench."), "--quick")
     assert (status, {row["op"] for row in found}) == (1, {"region_remap"} if suite is region else set())
-    assert f"WRONG, not kept: {'region_pool' if suite is region else relational.OP} small" in capsys.readouterr().out
+    assert f"WRONG, not kept: {'region_pool' if suite is region else suite.OP} small" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("suite", [relational, bilinear])
 @pytest.mark.parametrize("failure", ["wrong", "raises", "not a number"])
-def test_a_wrong_contender_is_not_timed(small, tmp_path, monkeypatch, failure):
-    right = relational.published
+def test_a_wrong_contender_is_not_timed(small, tmp_path, monkeypatch, failure, suite):
+    right = suite.published
 
     def published(*tensors):
         if failure == "raises":
             raise RuntimeError("out of memory")
         return right(*tensors) * (1.001 if failure == "wrong" else float("nan"))
 
-    monkeypatch.setattr(relational, "published", published)
-    status, found = run(tmp_path, "relational", "--quick")
+    monkeypatch.setattr(suite, "published", published)
+    status, found = run(tmp_path, suite.__name__.removeprefix("bench."), "--quick")
     assert (status, len(found)) == (0, 2)
     for row in found:
         assert set(row["seconds"]) == {"ours"}
@@ -491,7 +497,7 @@ def test_small_problems_are_replayed_as_graphs(small, tmp_path):
     assert command.main(["run", "all", "--quick", "--device", "cuda", "--out", str(out)]) == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
     replayed = [row for row in found if row["part"] == "small"]
-    assert {row["op"] for row in replayed} == {*region.OPS, relational.OP}
+    assert {row["op"] for row in replayed} == {*region.OPS, relational.OP, bilinear.OP}
     assert all("ours" in row["graph_seconds"] for row in replayed)
     assert {row["stand_in"] for row in found if row["suite"] == "overhead"} == {False}
     assert {row["capability"] for row in found} == {".".join(map(str, torch.cuda.get_device_capability()))}
@@ -501,11 +507,14 @@ def test_small_problems_are_replayed_as_graphs(small, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("suite", [region, relational])
-def test_parts_of_a_full_run(suite, kind):
+@pytest.mark.parametrize(
+    ("suite", "own", "other"),
+    [(region, "nodes", set()), (relational, "taps", {"table1"}), (bilinear, "cells", {"block"})],
+)
+def test_parts_of_a_full_run(suite, own, other, kind):
     cells = list(suite.cells(kind, quick=False))
-    sweeps = {"nodes", "channels", "batch"} if suite is region else {"taps", "channels", "batch"}
-    assert {cell.part for cell in cells} == {"stage", "small"} | sweeps | ({"table1"} if suite is relational else set())
+    sweeps = {own, "channels", "batch"}
+    assert {cell.part for cell in cells} == {"stage", "small"} | sweeps | other
     names = Counter(map(str, cells))
     assert max(names.values()) == 1
     for part, op in itertools.product(sweeps, {cell.op for cell in cells}):
@@ -619,6 +628,244 @@ def test_the_relational_floor_counts_every_tensor_once_per_use():
     assert CLIPS.floor_bytes(2, True) == CLIPS.floor_bytes(4, True) // 2
 
 
+# --- bilinear transform ---------------------------------------------------------------------------------------------
+
+
+def test_a_bilinear_row_describes_itself(small, tmp_path):
+    status, found = run(tmp_path, "bilinear", "--quick")
+    assert status == 0
+    assert [(row["part"], row["mode"]) for row in found] == [("small", "forward"), ("small", "forward+backward")]
+    for row in found:
+        assert set(row) == COMPARED | MACHINE | {"batch", "channels", "cells", "k", "tk", "ts"}
+        assert (row["suite"], row["op"], row["dtype"]) == ("bilinear", "bilinear_transform", "float32")
+        assert row["label"] == "B 2, C 6, 8x6x9, k 2, tk 3, ts 4, window 3"
+        assert row["shape"] == [2, 6, 8, 6, 9]
+        assert (row["batch"], row["channels"], row["cells"]) == (2, 6, 3)
+        assert (row["k"], row["tk"], row["ts"]) == (2, 3, 4)
+        assert set(row["seconds"]) == set(row["extra_bytes"]) == {"ours", "published"}
+        assert max(row["errors"].values()) < 1e-5
+        assert min(row["extra_bytes"].values()) >= 4 * 2 * 6 * 8 * 6 * 9
+    clip, matrices = 4 * 2 * 6 * 8 * 6 * 9, 4 * (2 * 2 * 2 * 8 * 9 + 2 * 3 * 16)
+    assert [row["output_bytes"] for row in found] == [clip, 2 * clip + matrices]
+
+
+def test_every_bilinear_part_is_measured(small, monkeypatch):
+    for part, value in (("cells", 3), ("channels", 6), ("batch", 2)):
+        forward, both = bilinear._rows(part, MAPS, torch.float32, a_machine())
+        assert forward["part"] == both["part"] == part
+        assert forward[part] == both[part] == value
+        assert set(both["seconds"]) == {"ours", "published"}
+        assert both["operations"] == 3 * forward["operations"]
+    monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)
+    for problem in (MAPS, replace(MAPS, tk=0), replace(MAPS, frames=1)):
+        forward, both = bilinear._rows("stage", problem, torch.float32, a_machine())
+        assert set(forward["seconds"]) == set(both["seconds"]) == {"ours", "published", "compiled"}
+        assert (both["tk"], both["ts"]) == ((3, min(4, problem.frames)) if problem.tk else (0, 0))
+        assert ("tk 0, window" in both["label"]) == (problem.tk == 0)
+
+
+def test_the_problems_of_a_full_bilinear_run():
+    def problems(kind: str, part: str) -> list[bilinear.Problem]:
+        cells = sorted(bilinear.cells(kind, quick=False), key=lambda cell: cell.rank)
+        return [cell.rows.args[1] for cell in cells if cell.part == part]
+
+    sizes = [(8, 256, 8, 28, 28), (8, 512, 8, 14, 14), (8, 512, 4, 28, 28), (64, 256, 1, 56, 56)]
+    wanted = [(size, k, tk) for k in (8, 4) for size in sizes for tk in (4, 0)]
+    stages = problems("cuda", "stage")
+    assert [(problem.shape, problem.k, problem.tk) for problem in stages] == wanted * 2  # bfloat16, float32
+    assert {(problem.frames, problem.ts) for problem in stages if problem.tk} == {(8, 4), (4, 4), (1, 1)}
+    assert {problem.cells for problem in stages} == {7}
+    assert (1, 128, 8, 28, 28) in {problem.shape for problem in problems("cpu", "stage")}
+    for kind in ("cuda", "cpu"):
+        assert [problem.cells for problem in problems(kind, "cells")] == [4, 7, 8, 14]
+        for problem in problems(kind, "cells"):
+            assert problem.height % problem.cells == problem.width % problem.cells == 0
+    assert [problem.channels for problem in problems("cpu", "channels")] == [32, 64, 128]
+    assert [problem.batch for problem in problems("cpu", "batch")] == [1, 2, 4]
+
+
+def test_a_stage_beyond_the_cache_has_maps_that_are():
+    """By the bound of bench/targets.json, which is that of a region op's three maps."""
+    for problem, tk, itemsize in itertools.product(bilinear.STAGES["cuda"], bilinear.MIXES, (2, 4)):
+        a_map = itemsize * torch.Size(problem.shape).numel()
+        forward, both = (replace(problem, tk=tk).floor(backward, itemsize).bytes for backward in (False, True))
+        assert (both >= 150e6) == (a_map >= 50e6)
+        assert forward < 150e6 or a_map >= 50e6
+
+
+def test_the_bilinear_floor_counts_every_tensor_once_per_use():
+    x, gradient, p, q, t = (4 * tensor.numel() for tensor in MAPS.inputs(torch.float32, CPU))
+    assert x == gradient
+    forward, both = (MAPS.floor(backward, 4) for backward in (False, True))
+    assert forward.bytes == 2 * x + p + q + t
+    assert both.bytes == 5 * x + 3 * (p + q + t)
+    assert MAPS.floor(True, 2).bytes == both.bytes // 2
+    assert both.operations == 3 * forward.operations == 3 * 2 * (x // 4) * (3 + 3 + 4)
+    unmixed = replace(MAPS, tk=0).floor(True, 4)
+    assert (unmixed.bytes, unmixed.operations) == (both.bytes - 3 * t, 3 * 2 * (x // 4) * (3 + 3))
+
+
+def test_the_inputs_are_as_a_layer_predicts_them():
+    x, gradient, p, q, t = MAPS.inputs(torch.float32, CPU)
+    assert (x.shape, p.shape, q.shape, t.shape) == ((2, 6, 8, 6, 9), (2, 2, 8, 3, 3), (2, 2, 8, 3, 3), (2, 3, 4, 4))
+    for weights, dim in ((p, -1), (q, -2), (t, -1)):
+        torch.testing.assert_close(weights.sum(dim), torch.ones_like(weights.sum(dim)))
+    assert not torch.equal(x, gradient)
+    assert len(replace(MAPS, tk=0).inputs(torch.float32, CPU)) == 4
+
+
+PROBLEMS = [MAPS, replace(MAPS, tk=0), replace(MAPS, frames=1), replace(MAPS, height=3, k=3, tk=1), bilinear.SMALL]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.label)
+def test_the_published_bilinear_formulation_is_right(problem):
+    """Output and every gradient, in float64."""
+    given = tuple(tensor.double() for tensor in problem.inputs(torch.float32, CPU))
+    with dt.backend("reference"):
+        wanted = bilinear._step(bilinear.ours, True, *given)
+    found = bilinear._step(bilinear.published, True, *given)
+    assert len(found) == len(wanted) == (5 if problem.tk else 4)
+    assert measure.relative_error(found, wanted) < 1e-12
+    assert found[0].is_contiguous()
+
+
+def kron_the_other_way(x, p, q, t):
+    """kron(I, P): a coarse row is every third."""
+    down = x.unflatten(3, (3, -1)).transpose(3, 4).flatten(3, 4)
+    y = dt.ops.bilinear_transform(down, p, q, t)
+    return y.unflatten(3, (-1, 3)).transpose(3, 4).flatten(3, 4)
+
+
+MUTATIONS = {
+    "P transposed": lambda x, p, q, t: dt.ops.bilinear_transform(x, p.mT, q, t),
+    "Q transposed": lambda x, p, q, t: dt.ops.bilinear_transform(x, p, q.mT, t),
+    "T transposed": lambda x, p, q, t: dt.ops.bilinear_transform(x, p, q, t.mT),
+    "P and Q changed": lambda x, p, q, t: dt.ops.bilinear_transform(x, q, p, t),
+    "kron the other way": kron_the_other_way,
+    "groups in turns": lambda x, p, q, t: dt.ops.bilinear_transform(x, p.flip(1), q, t),
+    "frames in turns": lambda x, p, q, t: dt.ops.bilinear_transform(x, p.flip(2), q, t),
+    "no T": lambda x, p, q, t: dt.ops.bilinear_transform(x, p, q) + 0 * t.sum(),
+    "no gradient of T": lambda x, p, q, t: dt.ops.bilinear_transform(x, p, q, t.detach()) + 0 * t.sum(),
+    "no gradient of Q": lambda x, p, q, t: dt.ops.bilinear_transform(x, p, q.detach(), t) + 0 * q.sum(),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_published_bilinear_formulation_tells_a_wrong_op(small, monkeypatch, mutation):
+    given = MAPS.inputs(torch.float32, CPU)
+    published = bilinear._step(bilinear.published, True, *given)
+    assert measure.relative_error(bilinear._step(bilinear.ours, True, *given), published) < 1e-5
+    wrong = bilinear._step(MUTATIONS[mutation], True, *given)
+    assert measure.relative_error(wrong, published) > 1e-2
+    right = bilinear.ours
+    chosen = MUTATIONS[mutation]
+    monkeypatch.setattr(
+        bilinear, "ours",
+        lambda *args: (right if dt.dispatch.current_backend() == "reference" else chosen)(*args),
+    )  # fmt: skip
+    (check, _) = bilinear.checks(a_machine())
+    assert not check.error() <= check.tolerance
+
+
+def test_matrices_are_written_out_in_blocks():
+    m = torch.randn(2, 3, 3)
+    for times in (1, 2, 5):
+        wanted = torch.stack([torch.kron(one, torch.eye(times)) for one in m])
+        assert torch.equal(bilinear.written_out(m, times), wanted)
+
+
+# A block whose maps are one window of coarse cells, as the measured ones are.
+BLOCKS = [bilinear.Block(replace(MAPS, tk=2, channels=8)), bilinear.Block(replace(MAPS, tk=0))]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.label)
+def test_the_block_is_the_published_one(block):
+    """By every parameter's gradient, in float64."""
+    module, given = block.module(CPU).double(), [tensor.double() for tensor in block.inputs(CPU)]
+    with dt.backend("reference"):
+        wanted = bilinear._block_step(bilinear.our_block, module, True, *given)
+    found = bilinear._block_step(bilinear.published_block, module, True, *given)
+    assert len(found) == 2 + len(list(module.parameters()))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert bilinear._block_error(wanted, found) < 1e-9
+    scale = wanted[0].norm()
+    for i, tensor in enumerate(wanted):  # an error of any result shows
+        if tensor.norm() > 1e-9 * scale:
+            spoilt = [*found]
+            spoilt[i] = tensor * 1.02
+            assert bilinear._block_error(wanted, tuple(spoilt)) > 1e-5, i
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.label)
+def test_rows_of_the_block(small, block):
+    forward, both = bilinear._block_rows(block, a_machine())
+    n = block.inner
+    for row in (forward, both):
+        assert (row["suite"], row["op"], row["part"]) == ("bilinear", "bilinear_transform", "block")
+        assert row["shape"] == [2, 2 * n.channels, 8, 6, 9]
+        assert (row["channels"], row["k"], row["tk"]) == (2 * n.channels, n.k, n.tk)
+        assert row["label"].startswith(f"BATBlock, B 2, C {2 * n.channels}, 8x6x9, ")
+        assert set(row["seconds"]) == {"ours", "published"}
+    assert both["operations"] == 3 * forward["operations"]
+    x, parameters = 4 * 2 * 2 * n.channels * 8 * 54, 4 * sum(p.numel() for p in block.module(CPU).parameters())
+    assert (forward["floor_bytes"], both["floor_bytes"]) == (2 * x + parameters, 5 * x + 3 * parameters)
+    assert both["output_bytes"] == 2 * x + parameters
+
+
+def test_the_operations_of_the_block_are_those_of_its_products():
+    """Of convolutions as torch counts them, and of the transform the floor's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for block in BLOCKS:
+        module, (x, _) = block.module(CPU), block.inputs(CPU)
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            module(x)
+        counts = counted.get_flop_counts()["Global"]
+        convolutions = sum(n for op, n in counts.items() if "conv" in str(op))
+        assert convolutions == block.floor(False, module).operations - block.inner.floor(False, 4).operations
+
+
+def test_a_wrong_block_is_not_kept(small, monkeypatch, capsys):
+    """By another matrix: what scales the op's result alone is undone by the norm behind it."""
+
+    def transposed(call: Callable) -> Callable:
+        def wrong(x, p, q, t):
+            return call(x, p if dt.dispatch.current_backend() == "reference" else p.mT, q, t)
+
+        return wrong
+
+    (block, _) = BLOCKS
+    right = dt.ops.bilinear_transform
+    monkeypatch.setattr(dt.ops, "bilinear_transform", transposed(right))
+    assert list(bilinear._block_rows(block, a_machine())) == [None, None]
+    assert "WRONG, not kept: bilinear_transform block forward BATBlock" in capsys.readouterr().out
+    monkeypatch.setattr(dt.ops, "bilinear_transform", right)
+    monkeypatch.setattr(bilinear, "published", transposed(bilinear.published))
+    for row in bilinear._block_rows(block, a_machine()):
+        assert set(row["seconds"]) == {"ours"}
+        assert row["errors"]["published"] > row["tolerance"]
+
+
+def test_the_block_of_the_target_is_measured():
+    first = bilinear.BLOCKS["cpu"][0].about()
+    assert {"k": 8, "tk": 4, "ts": 4, "shape": [1, 256, 8, 28, 28]}.items() <= first.items()
+    for kind in ("cpu", "cuda"):
+        blocks = [cell.rows.args[0] for cell in bilinear.cells(kind, quick=False) if cell.part == "block"]
+        assert blocks == bilinear.BLOCKS[kind]
+        for block in blocks:  # of one window of coarse cells: that is all that the published formulation here has
+            assert block.inner.height == block.inner.width
+            assert block.inner.height % block.inner.cells == 0
+
+
+def test_a_block_starts_the_same_every_time():
+    (block, _) = BLOCKS
+    state = torch.random.get_rng_state()
+    first, second = block.module(CPU).state_dict(), block.module(CPU).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 # --- launch overhead ------------------------------------------------------------------------------------------------
 
 
@@ -675,7 +922,9 @@ class PretendedGpu(measure.Machine):
         pass
 
 
-@pytest.mark.parametrize("op", ["region_kernel", "region_pool", "region_remap", "relational_attention"])
+@pytest.mark.parametrize(
+    "op", ["region_kernel", "region_pool", "region_remap", "relational_attention", "bilinear_transform"]
+)
 def test_launch_overhead_on_a_gpu(overhead, op):
     """The same code on the CPU: results are checked, and the published formulation takes part."""
     found = list(overhead._rows(op, PretendedGpu(torch.device("cpu"), "test")))

@@ -12,6 +12,8 @@ region = pytest.importorskip("bench.compiled.region", exc_type=ImportError)
 Case = region.RegionCase
 relational = pytest.importorskip("bench.compiled.relational", exc_type=ImportError)
 RelationalCase = relational.RelationalCase
+bilinear = pytest.importorskip("bench.compiled.bilinear", exc_type=ImportError)
+BilinearCase = bilinear.BilinearCase
 on_targets = pytest.mark.parametrize("target", list(compiled.TARGETS))
 
 
@@ -190,3 +192,97 @@ def test_the_relational_table_covers_what_a_launch_may_choose():
             for kind in relational.PRODUCTS:
                 config = choose(kind, 8, (8, 14, 14), queries, (width,) * 4, (5, 7, 7), itemsize, family)
                 assert (kind, dataclasses.replace(config, splits=1, clips=1)) in tiles
+
+
+# --- bilinear transform ---------------------------------------------------------------------------------------------
+
+
+def fit_bilinear(target, case, *kernels):
+    """Compile forward and backward; nothing may be wrong with any kernel, and there is every one of them."""
+    codes = compiled.compile_case(target, case)
+    for code in codes:
+        assert not compiled.problems(case, code), code
+    assert {f"bilinear_{name}" for name in kernels or ("forward", "backward")} == {code.kernel for code in codes}
+    return codes
+
+
+@pytest.mark.parametrize("mixes", [0, 4])
+@pytest.mark.parametrize(("channels", "frames", "size"), bilinear.STAGES, ids=str)
+def test_stages_of_bat(channels, frames, size, mixes):
+    """Of the published networks, whose frames are mixed in the same pass."""
+    codes = fit_bilinear("sm_90", BilinearCase(channels, frames, size, mixes=mixes, ts=min(4, frames)))
+    assert len(codes) == 2
+    run = min(16, size[1] // 7 * 2)  # bytes of a coarse cell's row, which lie together
+    assert {(code.load_bytes, code.store_bytes) for code in codes} == {(run, run)}
+
+
+@pytest.mark.parametrize("mixes", [0, 4])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_a_block_of_bat_on_every_target(target, mixes):
+    fit_bilinear(target, BilinearCase(mixes=mixes))
+
+
+@pytest.mark.parametrize("mixes", [0, 4])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "tf32"])
+def test_bilinear_dtypes(dtype, mixes):
+    """On tensor cores; float32 by three products."""
+    fit_bilinear("sm_90", BilinearCase(dtype=dtype, mixes=mixes))
+
+
+@on_targets
+def test_bilinear_channels_last(target):
+    for code in fit_bilinear(target, BilinearCase(mixes=4, layout="channels_last_3d")):
+        assert code.load_bytes == 16, code
+        assert code.store_bytes >= (16 if target.startswith("sm") else 8), code
+
+
+@pytest.mark.parametrize("cells", [(3, 5), (8, 8), (14, 14), (28, 14)], ids=str)
+def test_other_coarse_cells(cells):
+    """Up to 64 of them by kron(P, Q^T), more by Q and by P."""
+    fit_bilinear("sm_90", BilinearCase(64, 4, (cells[0] * 2, cells[1] * 2), mixes=2, cells=cells, batch=2))
+
+
+@on_targets
+def test_many_frames_are_mixed_in_a_pass_of_their_own(target):
+    case = BilinearCase(64, 64, (14, 14), mixes=2, ts=64, batch=1)
+    codes = fit_bilinear(target, case, "forward", "backward", "mix")
+    assert [code.given["BACKWARD"] for code in codes if code.kernel == "bilinear_mix"] == [False, True]
+
+
+def test_bilinear_of_ones():
+    """Constants to the compiler, unlike to the interpreter."""
+    case = BilinearCase(1, 1, (1, 1), groups=1, mixes=1, cells=(1, 1), ts=1, batch=1)
+    codes = compiled.compile_case("sm_90", case)
+    assert not any(code.spills or code.shared > compiled.SHARED_LIMIT["sm_90"] for code in codes)
+
+
+def test_the_bilinear_table_has_every_form_of_a_tile():
+    """In every dtype: by kron(P, Q^T) and one after the other, frames not mixed, mixed in the same pass and not."""
+    from unittest import mock
+
+    from dyreg_triton import tuning
+
+    kinds = {"forward", "backward", "forward_mixed", "backward_mixed", "mix", "mix_backward"}
+    for dtype in compiled.DTYPES:
+        chosen = set()
+
+        def note(key, config, chosen=chosen):
+            chosen.add((key.kind, config.joint, config.fused))
+            return config
+
+        no_launch = mock.patch("dyreg_triton.launch.Launch.__call__")
+        with compiled.compiling("sm_90"), tuning.override(note), no_launch:
+            for case in bilinear.cases(everything=True):
+                if case.dtype == dtype:
+                    case.launch()
+        assert {kind for kind, _, _ in chosen} == kinds
+        tiles = {(kind, joint) for kind, joint, _ in chosen if not kind.startswith("mix")}
+        assert tiles == set(itertools.product(sorted(kinds - {"mix", "mix_backward"}), (False, True)))
+        mixed = {(kind, fused) for kind, _, fused in chosen if kind.endswith("_mixed")}
+        assert mixed == set(itertools.product(("forward_mixed", "backward_mixed"), (False, True)))
+
+
+def test_few_bilinear_cases_without_everything():
+    few = bilinear.cases(everything=False)
+    assert {(case.channels, case.frames, case.size) for case in few} == set(bilinear.STAGES)
+    assert {case.mixes for case in few} == {0, 4}

@@ -22,6 +22,7 @@ report = pytest.importorskip("bench.compiled.report", exc_type=ImportError)
 occupancy = pytest.importorskip("bench.compiled.occupancy").occupancy
 RegionCase = pytest.importorskip("bench.compiled.region", exc_type=ImportError).RegionCase
 RelationalCase = pytest.importorskip("bench.compiled.relational", exc_type=ImportError).RelationalCase
+BilinearCase = pytest.importorskip("bench.compiled.bilinear", exc_type=ImportError).BilinearCase
 
 # --- machine code ---------------------------------------------------------------------------------------------------
 
@@ -281,7 +282,10 @@ def launches(case, compiling=()):
 
 
 # kernels whose loops have constant bounds
-CONSTANT = ("region_gather", "region_scatter", "relational_forward", "relational_backward")
+CONSTANT = (
+    "region_gather", "region_scatter", "relational_forward", "relational_backward", "bilinear_forward",
+    "bilinear_backward", "bilinear_mix",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -293,6 +297,13 @@ CONSTANT = ("region_gather", "region_scatter", "relational_forward", "relational
         RelationalCase(64, (7, 7)),
         RelationalCase(8, (9, 11), kernel="V", context="V", queries=4, values=24),
         RelationalCase(8, (9, 11), batch=1),
+        BilinearCase(),
+        BilinearCase(mixes=4, layout="channels_last_3d"),
+        BilinearCase(96, 4, (14, 21), mixes=3),
+        BilinearCase(64, 4, (28, 28), mixes=2, groups=4, cells=(14, 14), batch=2),
+        BilinearCase(64, 4, (28, 28), "float32", groups=4, cells=(14, 14), batch=2),
+        BilinearCase(24, 64, (14, 14), "float16", mixes=2, ts=64, batch=2),
+        BilinearCase(256, 1, (56, 56), mixes=4, ts=1, batch=2),
     ],
     ids=lambda case: case.about().replace(" ", ""),
 )
@@ -323,6 +334,81 @@ def test_floor_is_that_of_what_is_measured(channels, size):
         assert done.bytes_moved >= done.floor_bytes
     assert forward == problem.operations(False)
     assert backward >= 2 * forward  # and what is computed again
+
+
+@pytest.mark.parametrize(("frames", "mixes", "ts"), [(8, 0, 4), (8, 4, 4), (1, 4, 1), (64, 4, 64)])
+def test_the_bilinear_floor_is_that_of_what_is_measured(frames, mixes, ts):
+    """Forward; and each gradient costs what its product does, and what is computed again. A pass over frames of its own
+    reads and writes the maps once more."""
+    from bench.bilinear import Problem
+
+    problem = Problem(2, 32, frames, 28, 28, tk=mixes)
+    wanted, both = (problem.floor(backward, 2) for backward in (False, True))
+    numbers, long = 2 * 32 * frames * 784, ts == 64
+    more = 2 * numbers * 60 if long else 0  # the op's own rows have four frames at most
+    forward = backward = moved = moved_back = 0
+    case = BilinearCase(32, frames, (28, 28), mixes=mixes, ts=ts, batch=2)
+    launched = launches(case)
+    assert [kernel for kernel, *_ in launched] == [
+        f"bilinear_{name}"
+        for name in (("forward", "mix", "forward", "mix", "backward") if long else ("forward", "backward"))
+    ]
+    for i, (kernel, given, programs, _) in enumerate(launched):
+        done = model.work(kernel, given, programs)
+        assert done.operations >= done.floor_operations
+        assert done.bytes_moved >= done.floor_bytes
+        if i < len(launched) // 2:
+            forward, moved = forward + done.floor_operations, moved + done.floor_bytes
+        else:
+            backward, moved_back = backward + done.floor_operations, moved_back + done.floor_bytes
+    assert forward == wanted.operations + more
+    assert backward >= 2 * forward
+    if not long:
+        assert moved == wanted.bytes
+        # rows of p's, q's and t's gradients are of four bytes
+        assert moved_back == both.bytes - wanted.bytes + 2 * problem.matrices()
+    else:
+        assert moved > wanted.bytes + 2 * 2 * numbers
+
+
+def test_bytes_of_a_bilinear_transform():
+    """Counted by hand: 2 clips of 24 channels in 8 groups and 2 mixes, 8 frames in 2 phases, and a unit in one tile."""
+    from dyreg_triton import tuning
+
+    case = BilinearCase(24, 8, (14, 14), "float32", mixes=2, ts=4, batch=2)
+    with tuning.override(lambda key, config: tuning.BilinearConfig(16, 1, True, True)):
+        (_, given, programs, _), (_, back, back_programs, _) = launches(case)
+    assert programs == back_programs == 2 * 8 * 2
+    clip, square, over_time = 2 * 24 * 8 * 196 * 4, 2 * 49 * 4, 16 * 4
+    done = model.work("bilinear_forward", given, programs)
+    assert done.floor_bytes == 2 * clip + 2 * 8 * 8 * square + 2 * 2 * over_time
+    assert done.bytes_moved == 2 * clip + programs * (4 * square + over_time)
+    done = model.work("bilinear_backward", back, back_programs)
+    assert done.floor_bytes == 3 * clip + 2 * (2 * 8 * 8 * square + 2 * 2 * over_time)
+    assert done.bytes_moved == 3 * clip + 2 * programs * (4 * square + over_time)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4))[1:], ids=str)
+@pytest.mark.parametrize(("cells", "ts"), [((7, 7), 2), ((14, 14), 2), ((7, 7), 64)], ids=str)
+def test_work_for_the_gradients_that_are_needed(cells, ts, needs):
+    from dyreg_triton.ops import bilinear_launches as ops
+
+    def launch():
+        x = torch.empty(1, 16, 64, 14, 14, device="meta", dtype=torch.bfloat16)
+        p, q = (torch.empty(1, 4, 64, n, n, device="meta") for n in cells)
+        problem = ops.Problem(x, p, q, torch.empty(1, 2, ts, ts, device="meta"))
+        ops.backward(problem, torch.empty_like(x), list(needs))
+
+    a_map, square = 2 * 16 * 64 * 196, 4 * 4 * 64 * sum(n * n for n in cells)
+    for kernel, given, programs, ttir in launches(SimpleNamespace(launch=launch), CONSTANT):
+        done = model.work(kernel, given, programs)
+        assert done.operations == products(ttir) * programs, kernel
+        assert done.bytes_moved >= done.floor_bytes
+        if kernel == "bilinear_backward":
+            need_x, need_pq, need_r = given["NEED_X"], given["NEED_PQ"], given["NEED_R"]
+            over_time = 4 * 2 * given["TS"] ** 2
+            wanted = (1 + need_x + (need_pq or need_r)) * a_map + (1 + need_pq) * square + (1 + need_r) * over_time
+            assert done.floor_bytes == wanted
 
 
 def test_bytes_of_a_pool():
@@ -368,6 +454,7 @@ def test_neighbours():
 FEW = [
     ("4x64x7x7, N 9", "region_pool", RegionCase("gather", 4, 9, 64, (7, 7))),
     ("B 1, C 8", "relational_attention", RelationalCase(8, (8, 8), frames=2, batch=1, kernel="V", context="V")),
+    ("C 8, ts 64", "bilinear_transform", BilinearCase(8, 64, (7, 7), groups=4, mixes=2, ts=64, batch=1)),
 ]
 
 
@@ -384,7 +471,15 @@ def test_the_report_is_the_same_bytes_from_the_same_code(tmp_path, capsys):
         texts.append((tmp_path / name / "compiled.jsonl").read_text())
     assert texts[0] == texts[1]
     rows = [json.loads(line) for line in texts[0].splitlines()]
-    assert len(rows) == 1 + 7
+    assert len(rows) == 1 + 7 + 4
+    bilinear = [row for row in rows if row["op"] == "bilinear_transform"]
+    assert {row["kind"]: row["launches"] for row in bilinear} == {
+        "forward": 2,
+        "mix": 1,
+        "mix_backward": 1,
+        "backward": 1,
+    }
+    assert {row["kernel"] for row in bilinear} == {"bilinear_forward", "bilinear_mix", "bilinear_backward"}
     assert len({(row["target"], row["kernel"], row["kind"], row["case"], row["dtype"]) for row in rows}) == len(rows)
     for row in rows:
         assert (row["schema"], row["suite"]) == (2, "compiled")
@@ -393,10 +488,22 @@ def test_the_report_is_the_same_bytes_from_the_same_code(tmp_path, capsys):
         assert row["bytes_moved"] >= row["floor_bytes"] > 0
         assert row["loop"]["instructions"] > 0
     assert not [name for row in rows for name in row if name in ("date", "commit", "device")]
-    launched = {row["kernel"]: row["launches"] for row in rows}
+    launched = {row["kernel"]: row["launches"] for row in rows if row["op"] != "bilinear_transform"}
     assert launched.pop("relational_pack") == 2  # forward and backward
     assert set(launched.values()) == {1}
-    assert "8 rows" in capsys.readouterr().out
+    assert "12 rows" in capsys.readouterr().out
+
+
+def test_the_report_has_the_stages_that_are_measured():
+    from bench import bilinear
+
+    found = {(label, case.dtype) for label, op, case in report.cases() if op == "bilinear_transform"}
+    assert len(found) == 4 * 2 * 2  # stages, with and without mixed frames, dtypes
+    assert {label for label, _ in found} > {problem.label for problem in bilinear.STAGES["cuda"]}
+    for _, op, case in report.cases():
+        if op == "bilinear_transform":
+            assert (case.cells, case.groups, case.mixes) in (((7, 7), 8, 0), ((7, 7), 8, 4))
+            assert case.ts == (min(4, case.frames) if case.mixes else 0)
 
 
 def test_the_report_is_written_whole_or_not_at_all(tmp_path):

@@ -18,6 +18,7 @@ import torch
 
 from bench import sanitize
 from dyreg_triton import tuning
+from dyreg_triton.tuning.rooms import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -281,6 +282,7 @@ def test_every_kernel_is_known() -> None:
         "region.py": {"region_gather", "region_scatter", "region_dense", "region_dense_backward"},
         "relational.py": {"relational_pack", "relational_forward", "relational_backward"},
         "relational_gradients.py": gradients,
+        "bilinear.py": {"bilinear_forward", "bilinear_backward", "bilinear_mix"},
     }
     for file, names in known.items():
         assert {name for name, found in sanitize.kernels().items() if found == file} == names
@@ -297,6 +299,30 @@ def test_relational_attention_is_launched_in_both_orders() -> None:
     assert orders == set(itertools.product(("forward", "backward"), ("first", "second")))
 
 
+def test_the_bilinear_transform_is_launched_in_every_form() -> None:
+    """By kron(P, Q^T) and by one matrix after the other; frames not mixed, mixed in the same pass, and in one of their
+    own; contiguous and with the channels last."""
+    forms = set()
+    for case in sanitize.CASES:
+        if not isinstance(case, sanitize.Bilinear):
+            continue
+        call = case.call
+        (mixes, ts), sizes = call.temporal or (1, 1), call.shapes()["x"]
+        odd = (*call.cells, call.channels, call.frames, *([ts] if call.temporal else []))
+        assert all(n & (n - 1) for n in odd)  # none is a power of two
+        for kind in ("forward", "backward"):
+            name, x = kind + "_mixed" * bool(call.temporal), torch.empty(0, dtype=case.dtype)
+            key = tuning.bilinear_key(name, sizes, call.groups, call.cells, mixes, ts, x)
+            config = ROOMS["bilinear"].default(key, "nvidia")
+            form = "another pass" if not config.fused else "joint" if config.joint else "one by one"
+            forms.add((kind, call.temporal is not None, form, case.channels_last))
+    for kind, mixed in itertools.product(("forward", "backward"), (False, True)):
+        found = {(form, last) for k, m, form, last in forms if (k, m) == (kind, mixed)}
+        assert {form for form, _ in found} == {"joint", "one by one", *["another pass"] * mixed}
+        assert {last for _, last in found} == {False, True}
+        assert not mixed or {("another pass", False), ("another pass", True)} <= found
+
+
 def test_kernels_are_told_from_device_functions(tmp_path: Path) -> None:
     (tmp_path / "helpers.py").write_text(
         "@triton.jit\ndef called(x):\n    return x\n\n\ndef host():\n    return uncalled\n"
@@ -306,7 +332,12 @@ def test_kernels_are_told_from_device_functions(tmp_path: Path) -> None:
         "@triton.jit(noinline=True)\ndef uncalled(x):\n    uncalled(called(x))\n\n\n"
         "@other\n@triton.jit\ndef both(x):\n    kernel(x)\n"
     )
-    assert sanitize.kernels(tmp_path) == {"kernel": "one.py", "uncalled": "one.py", "both": "one.py"}
+    (tmp_path / "share.py").write_text("@triton.jit\ndef share(n):\n    return tl.program_id(0) // n\n")
+    (tmp_path / "two.py").write_text(
+        "@triton.jit\ndef early(x):\n    if share(2):\n        return\n    x(tl.program_id(1))\n"
+    )
+    found = {"kernel": "one.py", "uncalled": "one.py", "both": "one.py", "early": "two.py"}
+    assert sanitize.kernels(tmp_path) == found
 
 
 def test_kernel_that_is_not_launched_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +362,11 @@ def test_launched_kernel_that_is_not_known_is_reported(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("entry", ["out", "last gradient"])
 @pytest.mark.parametrize(("op", "case"), [(op, case) for case in sanitize.CASES for op in case.OPS], ids=str)
 def test_wrong_results_are_reported(
-    monkeypatch: pytest.MonkeyPatch, op: str, case: sanitize.Case | sanitize.Relational, entry: str, factor: float
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
+    case: sanitize.Case | sanitize.Relational | sanitize.Bilinear,
+    entry: str,
+    factor: float,
 ) -> None:
     """The reference in place of the kernels, spoiled."""
     results = sanitize.results

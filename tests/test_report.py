@@ -173,21 +173,22 @@ def test_where_there_are_no_rows_it_says_so(tmp_path):
 
 
 def test_rows_that_the_bench_writes_may_enter(tmp_path, monkeypatch):
-    from bench import __main__, measure, region, relational
+    from bench import __main__, bilinear, measure, region, relational
     from bench import rows as made
 
     monkeypatch.setattr(region, "SMALL", region.Problem(2, 3, 5, 6))
     monkeypatch.setattr(relational, "SMALL", relational.Problem(1, 3, (2, 3, 4), queries=2, window=(3, 3, 3)))
+    monkeypatch.setattr(bilinear, "SMALL", bilinear.Problem(1, 2, 4, 6, 6, k=2, tk=1, cells=3))
     monkeypatch.setattr(made, "ROW_SECONDS", {"cpu": 0.02, "cuda": 0.02})
     monkeypatch.setattr(measure.Machine, "_copy", lambda self: measure.Rate(1e10, 9e9, 9.5e9, 0.0))
     monkeypatch.setattr(measure.Machine, "_matrix", lambda self, dtype: measure.Rate(1e11, 8e10, 9e10, 1e-7))
     out = tmp_path / "rows.jsonl"
-    for suite in ("device", "region", "relational"):
+    for suite in ("device", "region", "relational", "bilinear"):
         assert __main__.main(["run", suite, "--quick", "--device", "cpu", "--out", str(out)]) == 0
     found = rows.read(out)
     assert found.left_out == []
     assert [row["op"] for row in found.rows if row["suite"] == "device"] == ["copy", "matmul"]
-    assert len(found.rows) == 2 + 4 + 2
+    assert len(found.rows) == 2 + 4 + 2 + 2
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
@@ -219,15 +220,18 @@ def test_every_suite_has_its_place(whole, machine, title):
     rate = "4 TB/s (3.96 T to 4.04 T)" if cuda else "30 GB/s (29.7 G to 30.3 G)"
     assert ["copy", "large uint8", rate] in lines_of(own)
     assert re.findall(r"^### (.*)$", own, re.M) == [
-        "At a glance", "Targets", "Every case", "Against the roofs", "Part table1", "Scaling of region_pool",
-        "Scaling of relational_attention", *["Replayed as CUDA graphs"] * cuda,
+        "At a glance", "Targets", "Every case", "Against the roofs", "Part table1", "Scaling of bilinear_transform",
+        "Scaling of region_pool", "Scaling of relational_attention", *["Replayed as CUDA graphs"] * cuda,
         "Launch overhead",
     ]  # fmt: skip
     header, _, *cases = lines_of(section(own, "Every case", 3))
-    assert len(cases) == (9 + 4) * 2 * (1 + cuda)  # region's and relational's cases, modes, dtypes
+    assert len(cases) == (9 + 4 + 5) * 2 * (1 + cuda)  # region's, relational's and bilinear's cases, modes, dtypes
+    assert len([case for case in cases if case[1].startswith("BATBlock, ")]) == 2 * (1 + cuda)
     assert ("wall, ms" in header) == cuda
     swept = {line[0] for line in lines_of(section(own, "Scaling of relational_attention", 3))}
     assert swept >= {"taps", "27", "405", "batch", "8", "channels", "64"}
+    swept = {line[0] for line in lines_of(section(own, "Scaling of bilinear_transform", 3))}
+    assert swept == {"cells", "---:", "4", "7", "8", "14"}
     assert ("stand-in took the driver's place" in own) == (not cuda)
 
 
@@ -346,6 +350,7 @@ def test_files_are_replaced_all_or_none(written, tmp_path, capsys):
 def test_plots_are_well_formed_and_keep_their_text(whole):
     found = {path.name: path.read_text() for path in (whole / "plots").iterdir()}
     kinds = ("speedup", "roofline", "overhead", "speedup-region-pool", "scaling-relational-attention")
+    kinds += ("speedup-bilinear-transform", "scaling-bilinear-transform")
     assert {f"sample-h200-{kind}.svg" for kind in kinds} <= set(found)
     assert {f"cpu-sample-1-thread-{kind}.svg" for kind in kinds} <= set(found)
     for text in found.values():
@@ -358,6 +363,7 @@ def test_plots_are_well_formed_and_keep_their_text(whole):
     for text in ("neighbours M", "channels C", "batch", "milliseconds", "peak extra memory, MiB", "forward+backward"):
         assert f">{text}<" in found["cpu-sample-1-thread-scaling-relational-attention.svg"]
     assert ">nodes N<" in found["cpu-sample-1-thread-scaling-region-pool.svg"]
+    assert ">coarse cells of a side<" in found["cpu-sample-1-thread-scaling-bilinear-transform.svg"]
     assert ">autograd<" in found["cpu-sample-1-thread-overhead.svg"]
 
 

@@ -46,10 +46,10 @@ def row(speedup, **changed):
 
 def test_every_target_of_an_op_that_is_here_can_be_decided():
     compiled = [static(kind=kind) for kind in ("gather", "scatter")]
-    rows = [*everything(GPU), *everything(CPU), *compiled, static(op="relational_attention", kind="by_h1")]
+    compiled += [static(op="relational_attention", kind="by_h1"), static(op="bilinear_transform", kind="mix")]
+    rows = [*everything(GPU), *everything(CPU), *compiled]
     found = targets.load()
-    silent = {t.id for t in found if all(t.measured(row) is None for row in rows)}
-    assert silent == {t.id for t in found if t.op == "bilinear_transform"}
+    assert [t.id for t in found if all(t.measured(row) is None for row in rows)] == []
     assert {t.id for t in found if any(t.concerns(row) for row in [timed(OLD)])} == {"launch-overhead"}
 
 
@@ -59,6 +59,12 @@ def test_what_the_ops_were_asked_for():
     assert asked["relational-eager"] == (">=", 15)
     assert asked["relational-compiled"] == (">=", 8)
     assert asked["relational-matrix-rate-64"] == (">=", 0.3)
+    assert asked["bilinear-bandwidth"] == (">=", 0.8)
+    assert asked["bilinear-eager"] == (">=", 4)
+    assert asked["bilinear-compiled"] == (">=", 2)
+    assert asked["bilinear-eager-temporal"] == (">=", 10)
+    assert asked["bilinear-memory"] == ("<=", 1.05)
+    assert asked["bilinear-cpu-block"] == (">=", 2)
     assert asked["launch-overhead"] == ("<=", 25e-6)
 
 
@@ -87,6 +93,36 @@ def test_targets_take_the_rows_that_they_are_about():
     assert found["launch-overhead"].measured(overhead(GPU)) == 3e-5
     assert found["launch-overhead"].measured(overhead(CPU)) is None  # without a driver it says too little
     assert found["launch-overhead"].measured(overhead(GPU, "backward")) is None
+
+
+def test_targets_take_the_bilinear_rows_that_they_are_about():
+    found = {t.id: t for t in targets.load() if t.op == "bilinear_transform"}
+    stage = {"op": "bilinear_transform", "shape": [8, 256, 8, 28, 28], "k": 8, "tk": 4, "ts": 4}
+
+    def decided(machine, **changed):
+        row = timed(machine, **{**stage, "output_bytes": 2**20, **changed})
+        return {t.id for t in found.values() if t.measured(row) is not None}
+
+    mixed, plain = {"bilinear-eager-temporal", "bilinear-memory"}, {"bilinear-eager", "bilinear-compiled"}
+    assert decided(GPU) == mixed
+    assert decided(GPU, mode="forward") == mixed
+    assert decided(GPU, tk=0, ts=0) == plain | {"bilinear-memory"}
+    assert decided(GPU, floor_bytes=200_000_000) == mixed | {"bilinear-bandwidth"}
+    assert decided(GPU, part="block") == decided(GPU, part="cells", cells=7) == decided(OLD) == set()
+    assert decided(GPU, op="region_pool") == set()
+    assert decided(CPU) == decided(CPU, part="small") == {"bilinear-cpu"}
+    assert decided(CPU, mode="forward") == set()
+    assert decided(CPU, part="block") == {"bilinear-cpu", "bilinear-cpu-block"}
+    for other in ({"k": 4}, {"tk": 0}, {"shape": [1, 512, 8, 14, 14]}, {"shape": [1, 256, 4, 28, 28]}):
+        assert decided(CPU, part="block", **other) == {"bilinear-cpu"}
+    slower = timed(CPU, **stage, seconds={"ours": 1.2, "published": 1.0})
+    assert not found["bilinear-cpu"].met_by(found["bilinear-cpu"].measured(slower))
+    code = found["bilinear-tensor-cores"]
+    for kind in ("forward", "backward", "mix", "mix_backward"):
+        row = static(op="bilinear_transform", kind=kind, dtype="bfloat16", tensor_core=0)
+        assert code.measured(row) == 0
+        assert not code.met_by(0)
+        assert code.measured({**row, "dtype": "float32"}) is None
 
 
 # --- what decides ---------------------------------------------------------------------------------------------------

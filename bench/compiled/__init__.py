@@ -124,9 +124,10 @@ def main(everything: bool = False, jobs: int | None = None) -> int:
 
     `everything` takes tens of minutes, on `jobs` processes (by default one per core).
     """
-    from . import region, relational
+    from . import bilinear, region, relational
 
-    tasks = list(itertools.product(TARGETS, [*region.cases(everything), *relational.cases(everything)]))
+    cases: list[Case] = [case for op in (region, relational, bilinear) for case in op.cases(everything)]
+    tasks = list(itertools.product(TARGETS, cases))
     if not everything:
         return _report(map(_rows, tasks))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

@@ -29,8 +29,8 @@ class BilinearCase(NamedTuple):
 
     @property
     def may_spill(self) -> bool:
-        """Whether some of its kernels are known to spill."""
-        return False
+        """Which of its kernels may, `problems` knows."""
+        return True
 
     def launch(self) -> None:
         """Through the op's own host code, on meta tensors."""
@@ -50,8 +50,18 @@ class BilinearCase(NamedTuple):
         ops.backward(problem, y, [True, True, True, t is not None])
 
     def problems(self, code: Code) -> list[str]:
-        """Products that do not use tensor cores, in words."""
-        return ["no tensor cores"] if code.tensor_core == 0 else []
+        """Products that do not use tensor cores, and spills that are not known, in words.
+
+        The exact products of float32 hold every operand twice, which fills the registers where frames are mixed or
+        coarse cells are many. On gfx942 some scalars go to vector registers where frames are mixed.
+        """
+        found = ["no tensor cores"] if code.tensor_core == 0 else []
+        exact = self.dtype == "float32" and code.kernel == "bilinear_backward"
+        full = exact and (self.mixes > 0 or self.cells[0] * self.cells[1] > 1024)
+        scalars = code.target == "gfx942" and self.mixes > 0 and code.spills <= 64
+        if code.spills and not full and not scalars:
+            found.append(f"spills {code.spills}")
+        return found
 
     def about(self) -> str:
         """The case in a few columns."""

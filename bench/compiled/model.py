@@ -303,6 +303,83 @@ def _by_h2(given: Given, programs: int) -> Work:
     )
 
 
+# --- bilinear transform ---------------------------------------------------------------------------------------------
+
+
+class _Maps:
+    """Of a bilinear launch: its clips, numbers in a map of all, bytes of matrices, and what a tile costs."""
+
+    def __init__(self, given: Given, programs: int):
+        height, width, a, b = given["SHAPE"]
+        self.down, self.across, rows, columns = given["CELLS"]
+        self.ts, self.frames, units, n = given["TS"], given["FRAMES"], given["UNITS"], given["BLOCK_N"]
+        blocks = _up(given["CU"] * a * b, n * given["STEPS"])
+        self.clips = programs // (units * (self.frames // (self.ts or 1)) * blocks)
+        self.numbers = self.clips * units * given["CU"] * self.frames * height * width
+        self.square = self.down**2 + self.across**2
+        self.turns = self.ts or given["STEPS"]  # of the loop; a tile each
+        self.loaded = programs * (self.ts or 1)  # how often a P and a Q are, and a row of their gradients is written
+        self.tiles = programs * self.turns
+        square = self.down**2 * given["p"].element_size() + self.across**2 * given["q"].element_size()
+        over_time = self.ts**2 * given["r"].element_size()
+        self.matrices = self.loaded * square + programs * over_time  # that programs ask for, and that there are
+        self.least_matrices = self.clips * (given["GROUPS"] * self.frames * square + given["MIXES"] * over_time)
+        # multiply-adds of a tile by kron(P, Q^T), or of all of its coarse rows by Q, and of all columns by P
+        self.joint = (rows * columns) ** 2 * n
+        self.by_q, self.by_p = rows * n * columns**2, rows**2 * n * columns
+
+
+def _bilinear_forward(given: Given, programs: int) -> Work:
+    """Frames are mixed by multiply-adds outside of matrix products: these are in the floor alone."""
+    m = _Maps(given, programs)
+    clips = 2 * m.numbers * given["x"].element_size()
+    return Work(
+        bytes_moved=clips + m.matrices,
+        operations=2 * m.tiles * (m.joint if given["JOINT"] else m.by_q + m.by_p),
+        floor_bytes=clips + m.least_matrices,
+        floor_operations=2 * m.numbers * (m.down + m.across + m.ts),
+        turns=m.turns,
+    )
+
+
+def _bilinear_backward(given: Given, programs: int) -> Work:
+    """As the forward; x Q, and for the gradient of R P x Q, are computed again."""
+    m = _Maps(given, programs)
+    need_x, need_pq, need_r = (bool(given[f"NEED_{name}"]) for name in ("X", "PQ", "R"))
+    back, again = need_x or need_pq, need_pq or need_r  # P^T dz, and x Q: each is made once
+    clips = (1 + need_x + again) * m.numbers * given["x"].element_size()
+    each = given["p_rows"].element_size()
+    by_groups, by_mixes = m.clips * given["GROUPS"] * m.frames, m.clips * given["MIXES"]
+    if given["JOINT"]:
+        issued = m.joint * (need_x + need_pq + need_r)
+    else:
+        issued = m.by_p * (back + need_pq + need_r) + m.by_q * (need_x + need_pq + again)
+    own = m.down * (back + need_pq + need_r) + m.across * (need_x + need_pq + again) + m.ts * (back + need_r)
+    return Work(
+        bytes_moved=clips + m.matrices + each * (m.loaded * m.square * need_pq + programs * m.ts**2 * need_r),
+        operations=2 * m.tiles * issued,
+        floor_bytes=clips + m.least_matrices + each * (by_groups * m.square * need_pq + by_mixes * m.ts**2 * need_r),
+        floor_operations=2 * m.numbers * own,
+        turns=m.turns,
+    )
+
+
+def _bilinear_mix(given: Given, programs: int) -> Work:
+    height, width = given["SHAPE"]
+    ts, units, need_r = given["TS"], given["UNITS"], given["BACKWARD"] and given["NEED_R"]
+    phases = given["FRAMES"] // ts
+    clips = programs // (units * phases * _up(given["CU"] * height * width, given["BLOCK_N"]))
+    numbers = clips * units * given["CU"] * given["FRAMES"] * height * width
+    maps = (2 + need_r) * numbers * given["z"].element_size()
+    weights, rows = given["r"].element_size() * ts**2, given["r_rows"].element_size() * ts**2 * need_r
+    return Work(
+        bytes_moved=maps + programs * (weights + rows),
+        operations=2 * programs * given["TS_PAD"] ** 2 * given["BLOCK_N"] * (1 + need_r),
+        floor_bytes=maps + clips * given["MIXES"] * (weights + rows),
+        floor_operations=2 * numbers * ts * (1 + need_r),
+    )
+
+
 MODELS: dict[str, Callable[[Given, int], Work]] = {
     "region_gather": _gather,
     "region_scatter": _scatter,
@@ -314,4 +391,7 @@ MODELS: dict[str, Callable[[Given, int], Work]] = {
     "relational_unpack": _unpack,
     "relational_by_h1": _by_h1,
     "relational_by_h2": _by_h2,
+    "bilinear_forward": _bilinear_forward,
+    "bilinear_backward": _bilinear_backward,
+    "bilinear_mix": _bilinear_mix,
 }

@@ -13,11 +13,13 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from . import SHARED_LIMIT, TARGETS, Case, Code, compile_case
+from .bilinear import BilinearCase
 from .model import Work, work
 from .occupancy import LIMITS, occupancy
 from .region import RegionCase
@@ -31,8 +33,8 @@ OPS = {
 
 
 def cases() -> Iterator[tuple[str, str, Case]]:
-    """Label, op and case: the region shapes and relational stages that a run on a GPU measures first."""
-    from .. import region, relational
+    """Label, op and case: the region shapes and the stages of the other ops that a run on a GPU measures first."""
+    from .. import bilinear, region, relational
 
     for problem, dtype in itertools.product(region.STAGES["cuda"], DTYPES):
         frames, channels, size = problem.frames, problem.channels, problem.size
@@ -44,22 +46,30 @@ def cases() -> Iterator[tuple[str, str, Case]]:
         label = relational.Problem(batch, channels, (frames, side, side)).label
         case = RelationalCase(channels, (side, side), dtype, frames, batch=batch)
         yield label, "relational_attention", case
+    for stage, mixes, dtype in itertools.product(bilinear.STAGES["cuda"], bilinear.MIXES, DTYPES):
+        n = replace(stage, tk=mixes)
+        square, size = (n.cells, n.cells), (n.height, n.width)
+        yield n.label, bilinear.OP, BilinearCase(n.channels, n.frames, size, dtype, n.k, n.tk, square, n.ts, n.batch)
 
 
 def rows_of(target: str, label: str, op: str, case: Case) -> list[dict[str, Any]]:
     """One row per kernel of a case.
 
-    A backward that takes a few clips at a time launches a kernel more than once: the row is of the first launch.
+    Where one is launched more than once, as by a backward that takes a few clips at a time, the row is of the first
+    launch.
     """
     found: dict[str, dict[str, Any]] = {}
     for code in compile_case(target, case):
         if op.startswith("region") and code.given["MOMENTS"] and not code.given.get("NODES", True):
             continue  # a backward whose features need no gradient, which is not measured
-        if code.kernel in found:
-            found[code.kernel]["launches"] += 1
+        kind = case.kind if isinstance(case, RegionCase) else code.kernel.partition("_")[2]
+        if code.given.get("BACKWARD"):  # the same kernel in the other direction
+            kind += "_backward"
+        name = f"{code.kernel} {kind}"
+        if name in found:
+            found[name]["launches"] += 1
         else:
-            kind = case.kind if isinstance(case, RegionCase) else code.kernel.removeprefix("relational_")
-            found[code.kernel] = {"op": op, "kernel": code.kernel, "kind": kind, "case": label, **row(code, case.dtype)}
+            found[name] = {"op": op, "kernel": code.kernel, "kind": kind, "case": label, **row(code, case.dtype)}
     return list(found.values())
 
 
@@ -161,7 +171,7 @@ def main(out: Path, jobs: int = 1) -> int:
 
 
 COLUMNS = (
-    ("kernel", 21), ("dtype", 8), ("case", 38), ("issue", 5), ("bytes", 6), ("ops", 5), ("regs", 4), ("spill", 5),
+    ("kernel", 21), ("dtype", 8), ("case", 48), ("issue", 5), ("bytes", 6), ("ops", 5), ("regs", 4), ("spill", 5),
     ("shared", 6), ("occ", 4), ("by", 13), ("waves", 6), ("w", 2), ("load", 5), ("mma", 4), ("loop", 4), ("ops/i", 5),
     ("mix", 0),
 )  # fmt: skip

@@ -12,7 +12,10 @@ from .tables import main_rows, ratio, stage_rows, timed
 
 OTHERS = {"published": "o", "compiled": "D"}  # contenders that ours is compared with, and their markers
 MODES = {"forward": (0, (4, 2)), "forward+backward": "-"}  # and their lines
-QUANTITIES = {"taps": "neighbours M", "nodes": "nodes N", "channels": "channels C", "batch": "batch"}
+QUANTITIES = {
+    "taps": "neighbours M", "nodes": "nodes N", "channels": "channels C", "batch": "batch",
+    "cells": "coarse cells of a side",
+}  # fmt: skip
 
 
 # --- speed-up -------------------------------------------------------------------------------------------------------

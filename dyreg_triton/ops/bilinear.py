@@ -42,7 +42,7 @@ def bilinear_transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None = None)
         q: (B, G, T, Sw, Sw), Sw a divisor of W; likewise.
         t: (B, Gt, Ts, Ts), Gt a divisor of C and Ts of T; likewise. None: y = z.
 
-    Every argument is differentiable, and each gradient has its input's dtype. Triton takes Sh and Sw up to 128 and Ts
+    Every argument is differentiable, and each gradient has its input's dtype. Triton takes Sh and Sw up to 64 and Ts
     up to 64; beyond, "auto" takes eager and warns.
 
     Returns:

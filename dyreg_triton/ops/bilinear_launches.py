@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
-from ..launch import Launch, MapLayout, accumulator, map_layout, planned, precision, wider
+from ..launch import Launch, MapLayout, accumulator, map_layout, planned, precision, register_limit, wider
 from ..layouts import memory_format, units
 from ..tuning.heuristics import padded_cells
 
@@ -142,6 +142,7 @@ def _plan_mix(z: Tensor, given: Tensor, t: Tensor, back: bool, need_t: bool) -> 
         TS_PAD=max(16, 1 << (ts - 1).bit_length()), Z_FORM=z_form, GIVEN_FORM=given_form, BACKWARD=back,
         NEED_R=need_t, ACC=accumulator(z.dtype), PRECISION=precision(z, "tf32x3"), BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
+        **register_limit(255, z),  # the compiler would spill a register to run more programs at once
     )  # fmt: skip
     return launch, (clips, mixes, blocks * (frames // ts), ts, ts)
 

@@ -263,8 +263,19 @@ def relational(
 
 BILINEAR_LIMIT = {"Sh": 64, "Sw": 64, "Ts": 64}
 _JOINT = 64  # coarse cells up to which kron(P, Q^T) is one tensor-core tile
-_TILE = 4096  # elements of a program's tile, of 4 warps
-_MIXED = 16384  # and of all frames of a phase, of 8 warps: 64 registers a thread
+# Of a kernel that does it in one product or in two, for operands of two and four bytes: elements of a tile that a warp
+# has, and of all frames of a phase; warps; stages. The most with which few kernels spill on any target, read from the
+# machine code: in float32's exact products all operands are held twice.
+_BILINEAR = {
+    ("forward", True): ((1024, 1024, 4, 2), (1024, 1024, 4, 2)),
+    ("forward", False): ((1024, 1024, 4, 2), (512, 512, 4, 2)),
+    ("backward", True): ((1024, 1024, 4, 2), (512, 512, 4, 2)),
+    ("backward", False): ((512, 512, 4, 2), (256, 256, 4, 2)),
+    ("forward_mixed", True): ((1024, 2048, 8, 2), (1024, 1024, 8, 2)),
+    ("forward_mixed", False): ((1024, 2048, 8, 2), (512, 1024, 8, 2)),
+    ("backward_mixed", True): ((1024, 2048, 8, 2), (256, 2048, 4, 1)),
+    ("backward_mixed", False): ((256, 2048, 8, 2), (128, 1024, 8, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -307,7 +318,7 @@ def padded_cells(cells: tuple[int, int], joint: bool) -> tuple[int, int]:
 @lru_cache(maxsize=4096)
 def bilinear(
     kind: str, shape: tuple[int, int, int, int, int], groups: int, cells: tuple[int, int], mixes: int, ts: int,
-    family: str = "nvidia",
+    itemsize: int, family: str = "nvidia",
 ) -> BilinearConfig:  # fmt: skip
     """Blocks for a kernel of the bilinear transform.
 
@@ -316,26 +327,36 @@ def bilinear(
         shape: (B, C, T, H, W).
         groups, cells: G and (Sh, Sw).
         mixes, ts: Gt and Ts; 1 and 1 where frames are not mixed.
+        itemsize: bytes of an element.
         family: "nvidia", "blackwell" or "amd"; or "interpreted", where few programs are the fastest.
+
+    A tile has up to 64 columns, fewer where its coarse cells are many, so that a thread's share stays in registers.
+    Four warps work on a tile, eight on large ones and on all frames of a phase. A program transforms several tiles by
+    the same matrices as long as there are programs enough to fill a large GPU.
     """
     clips, channels, frames, height, width = shape
     count = units(channels, groups, mixes)
     if kind.startswith("mix"):
         positions = channels // count * height * width
-        block = max(16, min(_TILE // max(_power_of_two(ts), 16), _power_of_two(positions)))
-        return BilinearConfig(block_n=block)
-    rows, columns = (_power_of_two(n) for n in cells)
-    joint = max(rows * columns, 16) <= _JOINT
+        most = (4096 if itemsize <= 2 else 2048) // max(_power_of_two(ts), 16)
+        return BilinearConfig(block_n=max(16, min(most, _power_of_two(positions))))
+    mixed = kind.endswith("mixed")
+    joint = max(_power_of_two(cells[0]) * _power_of_two(cells[1]), 16) <= _JOINT
     tile = math.prod(padded_cells(cells, joint))
+    held = tile * _power_of_two(ts) if mixed else tile
+    of_tile, of_held, warps, stages = _BILINEAR[kind, joint][itemsize > 2]
+    large = tile >= 2048  # one column a tile, and nothing loaded ahead: the matrices fill the shared memory
+    if large:
+        warps, stages = 8, 1
+    if family == "amd":  # a wavefront is two warps
+        warps = 4
     wide = channels // count * (height // cells[0]) * (width // cells[1])
     least = 16 if joint else 1  # the other products have more columns: those of every coarse row
-    if kind.endswith("mixed"):
-        held = tile * _power_of_two(ts)
-        fused = held * least <= _MIXED
-        block = max(least, min(_MIXED // held, 64, _power_of_two(wide)))
-        return BilinearConfig(block, 1, joint, fused, 8 if held * block > 8192 else 4)
-    block = max(least, min(_TILE // tile, _power_of_two(wide)))
+    block = max(least, min(64, _power_of_two(wide), of_tile * warps // tile, of_held * warps // held))
+    if mixed:
+        fused = not large and held * least <= of_held * warps
+        return BilinearConfig(block, 1, joint, fused, warps, stages)
     tiles = -(-wide // block)
     enough = 1 if family == "interpreted" else 1024  # programs for a large GPU
-    steps = max(1, min(tiles, clips * count * frames * tiles // enough))
-    return BilinearConfig(block, steps, joint, True, 4 if tile * block <= 2 * _TILE else 8)
+    steps = 1 if large else max(1, min(tiles, clips * count * frames * tiles // enough))
+    return BilinearConfig(block, steps, joint, True, warps, stages)

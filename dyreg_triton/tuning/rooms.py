@@ -161,7 +161,8 @@ def _relational_steps(config: RelationalConfig, key: Key) -> Iterator[Relational
 
 def _bilinear_default(key: Key, family: str) -> BilinearConfig:
     clips, channels, t, h, w, groups, sh, sw, mixes, ts = key.sizes
-    return heuristics.bilinear(key.kind, (clips, channels, t, h, w), groups, (sh, sw), mixes, ts, family)
+    shape, itemsize = (clips, channels, t, h, w), BYTES[key.element]
+    return heuristics.bilinear(key.kind, shape, groups, (sh, sw), mixes, ts, itemsize, family)
 
 
 def _bilinear_similar(key: Key) -> Hashable:
