@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..replacing import replacing
 from .digits import CANVAS, Clips
-from .files import replacing
 from .model import Answers
 
 SCALE = 4  # screen pixels for one of the canvas

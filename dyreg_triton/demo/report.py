@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__
+from ..replacing import replacing
 from .digits import CANVAS, DIGITS, FRAMES
-from .files import replacing
 from .measure import Times
 from .model import CELLS, Scores
 

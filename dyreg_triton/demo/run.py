@@ -12,9 +12,9 @@ from safetensors.torch import save
 
 from .. import __version__, backend
 from ..layers import DyReG
+from ..replacing import replacing
 from .digits import Clips, make_clips, read_mnist
 from .draw import COLUMNS, draw_frames, save_animation
-from .files import replacing
 from .measure import Times, agreement, compare_times
 from .model import GRAPH, Answers, Network, answer, score, train
 from .report import Figures, Options, markdown, rows, save_report, shortcomings, suggestions

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..demo.files import replacing
+from ..replacing import replacing
 from ..validate import choice, is_dense, positive_int, what
 from .arrays import cell_of
 
