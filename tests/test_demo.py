@@ -15,7 +15,8 @@ pytest.importorskip("safetensors")
 from PIL import Image
 from safetensors.torch import load_file
 
-from dyreg_triton.demo import digits, draw, files, measure, model, published, report, run
+from dyreg_triton import replacing
+from dyreg_triton.demo import digits, draw, measure, model, published, report, run
 from dyreg_triton.demo.__main__ import main
 
 
@@ -164,7 +165,7 @@ def test_scores_of_perfect_answers():
 
 def figures(**changes: object) -> report.Figures:
     options = report.Options(
-        out=files.Path("out"), seed=0, steps=9, test_clips=8, timing_rounds=1, grid=(2, 2), profile="linear",
+        out=replacing.Path("out"), seed=0, steps=9, test_clips=8, timing_rounds=1, grid=(2, 2), profile="linear",
         variant="full", device=torch.device("cpu"),
     )  # fmt: skip
     good = report.Figures(
@@ -256,7 +257,7 @@ def test_a_file_appears_whole(tmp_path):
 def test_a_file_that_fails_leaves_the_former_one(tmp_path, error):
     path = tmp_path / "report.md"
     path.write_text("former")
-    with pytest.raises(error), files.replacing(path) as temporary:  # noqa: PT012
+    with pytest.raises(error), replacing.replacing(path) as temporary:  # noqa: PT012
         assert temporary.parent == path.parent
         temporary.write_text("ha")
         raise error
