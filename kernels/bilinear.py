@@ -342,41 +342,47 @@ def bilinear_backward(
     part = (b * UNITS + unit) * blocks + block
 
     if TS > 0:
-        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        there = tile_there(n, SHAPE, CELLS, CU)
-        here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], X_STRIDES, X_FORM)
-        dx_here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], DX_STRIDES, DX_FORM)
         r += b * R_STRIDES[0] + unit // (UNITS // MIXES) * R_STRIDES[1]
         s = tl.arange(0, TS_PAD)
-        start = unit_start(b, unit * CU, s.to(tl.int64) * PHASES + phase, SHAPE, DY_STRIDES, DY_FORM)
-        dy_here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], DY_STRIDES, DY_FORM)
-        all_there = (s < TS)[:, None, None] & there[None, :, :]
-        given = tl.load(dy + (start[:, None, None] + dy_here[None, :, :]), mask=all_there, other=0.0)
+        dy += unit_start(b, unit * CU, s.to(tl.int64) * PHASES + phase, SHAPE, DY_STRIDES, DY_FORM)[:, None, None]
         for t in range(0, TS):
             frame = t * PHASES + phase
             by_row, by_column = load_matrices(p, q, b, group, frame, P_STRIDES, Q_STRIDES, CELLS, ACC)
             first, second, p_scale, q_scale = operands(by_row, by_column, CELLS, JOINT, OPERAND)
             weights = load_weights(r, s, t, R_STRIDES, TS, ACC)
-            grad = tl.sum(given.to(ACC) * weights[:, None, None], 0)
-            tile = grad.to(OPERAND)
-            if NEED_PQ or NEED_R:
-                from_x = unit_start(b, unit * CU, frame, SHAPE, X_STRIDES, X_FORM)
-                tile = tl.load(x + from_x + here, mask=there, other=0.0)
-            if NEED_X or NEED_PQ:
-                by_first, by_second = zero_sums(CELLS, JOINT, ACC)
-                by_tile, by_first, by_second = gradients(
-                    tile, grad, first, second, p_scale, q_scale, by_first, by_second, CELLS, BLOCK_N, JOINT, NEED_X,
-                    NEED_PQ, ACC, PRECISION, OPERAND,
-                )  # fmt: skip
-                if NEED_X:
-                    to_dx = unit_start(b, unit * CU, frame, SHAPE, DX_STRIDES, DX_FORM)
-                    tl.store(dx + to_dx + dx_here, by_tile.to(OPERAND), mask=there)
-                if NEED_PQ:
-                    row = part * FRAMES + frame
-                    store_sums(p_rows, q_rows, row, by_first, by_second, by_row, by_column, CELLS, JOINT)
+            from_x = x + unit_start(b, unit * CU, frame, SHAPE, X_STRIDES, X_FORM)
+            to_dx = dx + unit_start(b, unit * CU, frame, SHAPE, DX_STRIDES, DX_FORM)
+            by_first, by_second = zero_sums(CELLS, JOINT, ACC)
+            by_r = tl.zeros((TS_PAD,), ACC)
+            for step in range(0, STEPS):
+                n = (block * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+                there = tile_there(n, SHAPE, CELLS, CU)
+                here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], DY_STRIDES, DY_FORM)
+                all_there = (s < TS)[:, None, None] & there[None, :, :]
+                given = tl.load(dy + here[None, :, :], mask=all_there, other=0.0).to(ACC)
+                grad = tl.sum(given * weights[:, None, None], 0)
+                tile = grad.to(OPERAND)
+                if NEED_PQ or NEED_R:
+                    here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], X_STRIDES, X_FORM)
+                    tile = tl.load(from_x + here, mask=there, other=0.0)
+                if NEED_R:
+                    z = transform(
+                        tile, first, second, p_scale * q_scale, CELLS, BLOCK_N, JOINT, ACC, PRECISION, OPERAND
+                    )
+                    both = tl.reshape(given * z[None, :, :], (TS_PAD, CELLS[2] * CELLS[3] * BLOCK_N))
+                    by_r += tl.sum(both, 1)
+                if NEED_X or NEED_PQ:
+                    by_tile, by_first, by_second = gradients(
+                        tile, grad, first, second, p_scale, q_scale, by_first, by_second, CELLS, BLOCK_N, JOINT,
+                        NEED_X, NEED_PQ, ACC, PRECISION, OPERAND,
+                    )  # fmt: skip
+                    if NEED_X:
+                        here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], DX_STRIDES, DX_FORM)
+                        tl.store(to_dx + here, by_tile.to(OPERAND), mask=there)
+            if NEED_PQ:
+                row = part * FRAMES + frame
+                store_sums(p_rows, q_rows, row, by_first, by_second, by_row, by_column, CELLS, JOINT)
             if NEED_R:
-                z = transform(tile, first, second, p_scale * q_scale, CELLS, BLOCK_N, JOINT, ACC, PRECISION, OPERAND)
-                by_r = tl.sum(tl.sum(given.to(ACC) * z[None, :, :], 2), 1)
                 row = (part * PHASES + phase) * (TS * TS)
                 tl.store(r_rows + row + s * TS + t, by_r, mask=s < TS)
     else:

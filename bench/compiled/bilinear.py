@@ -52,14 +52,15 @@ class BilinearCase(NamedTuple):
     def problems(self, code: Code) -> list[str]:
         """Products that do not use tensor cores, and spills that are not known, in words.
 
-        The exact products of float32 hold every operand twice, which fills the registers where frames are mixed or
-        coarse cells are many. On gfx942 some scalars go to vector registers where frames are mixed.
+        The exact products of float32 hold every operand twice, which fills the registers of a backward that mixes
+        frames; so do four bytes of 64 x 64 coarse cells. On gfx942 some scalars go to vector registers where frames are
+        mixed, and on NVIDIA the odd register goes to memory.
         """
         found = ["no tensor cores"] if code.tensor_core == 0 else []
-        exact = self.dtype == "float32" and code.kernel == "bilinear_backward"
-        full = exact and (self.mixes > 0 or self.cells[0] * self.cells[1] > 1024)
-        scalars = code.target == "gfx942" and self.mixes > 0 and code.spills <= 64
-        if code.spills and not full and not scalars:
+        exact = self.dtype == "float32" and code.kernel == "bilinear_backward" and self.mixes > 0
+        large = torch_dtype(self.dtype).itemsize == 4 and self.cells[0] * self.cells[1] > 1024
+        few = self.mixes > 0 and code.spills <= (64 if code.target == "gfx942" else 16)
+        if code.spills and not (exact or large or few):
             found.append(f"spills {code.spills}")
         return found
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
+from ..gpu import family
 from ..launch import Launch, MapLayout, accumulator, map_layout, planned, precision, register_limit, wider
 from ..layouts import memory_format, units
 from ..tuning.heuristics import padded_cells
@@ -73,6 +74,8 @@ def _shared(problem: Problem, config: tuning.BilinearConfig, mixed: bool) -> dic
         "TS": ts, "TS_PAD": 1 << max(ts - 1, 0).bit_length(), "JOINT": config.joint, "STEPS": config.steps,
         "ACC": accumulator(problem.x.dtype), "PRECISION": precision(problem.x, "tf32x3"), "BLOCK_N": config.block_n,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
+        # the compiler would spill a register to run more programs at once
+        **register_limit(255 if mixed or family(problem.x.device) == "blackwell" else None, problem.x),
     }  # fmt: skip
 
 
@@ -142,7 +145,7 @@ def _plan_mix(z: Tensor, given: Tensor, t: Tensor, back: bool, need_t: bool) -> 
         TS_PAD=max(16, 1 << (ts - 1).bit_length()), Z_FORM=z_form, GIVEN_FORM=given_form, BACKWARD=back,
         NEED_R=need_t, ACC=accumulator(z.dtype), PRECISION=precision(z, "tf32x3"), BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
-        **register_limit(255, z),  # the compiler would spill a register to run more programs at once
+        **register_limit(255, z),
     )  # fmt: skip
     return launch, (clips, mixes, blocks * (frames // ts), ts, ts)
 

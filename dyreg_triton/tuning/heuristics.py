@@ -267,14 +267,14 @@ _JOINT = 64  # coarse cells up to which kron(P, Q^T) is one tensor-core tile
 # has, and of all frames of a phase; warps; stages. The most with which few kernels spill on any target, read from the
 # machine code: in float32's exact products all operands are held twice.
 _BILINEAR = {
-    ("forward", True): ((1024, 1024, 4, 2), (1024, 1024, 4, 2)),
+    ("forward", True): ((1024, 1024, 4, 2), (512, 512, 4, 2)),
     ("forward", False): ((1024, 1024, 4, 2), (512, 512, 4, 2)),
     ("backward", True): ((1024, 1024, 4, 2), (512, 512, 4, 2)),
     ("backward", False): ((512, 512, 4, 2), (256, 256, 4, 2)),
-    ("forward_mixed", True): ((1024, 2048, 8, 2), (1024, 1024, 8, 2)),
+    ("forward_mixed", True): ((1024, 4096, 4, 2), (512, 2048, 4, 1)),
     ("forward_mixed", False): ((1024, 2048, 8, 2), (512, 1024, 8, 2)),
-    ("backward_mixed", True): ((1024, 2048, 8, 2), (256, 2048, 4, 1)),
-    ("backward_mixed", False): ((256, 2048, 8, 2), (128, 1024, 8, 2)),
+    ("backward_mixed", True): ((512, 2048, 4, 1), (256, 2048, 4, 1)),
+    ("backward_mixed", False): ((256, 2048, 8, 1), (128, 1024, 8, 1)),
 }
 
 
@@ -331,8 +331,7 @@ def bilinear(
         family: "nvidia", "blackwell" or "amd"; or "interpreted", where few programs are the fastest.
 
     A tile has up to 64 columns, fewer where its coarse cells are many, so that a thread's share stays in registers.
-    Four warps work on a tile, eight on large ones and on all frames of a phase. A program transforms several tiles by
-    the same matrices as long as there are programs enough to fill a large GPU.
+    A program transforms several tiles by the same matrices as long as there are programs enough to fill a large GPU.
     """
     clips, channels, frames, height, width = shape
     count = units(channels, groups, mixes)
@@ -350,13 +349,15 @@ def bilinear(
         warps, stages = 8, 1
     if family == "amd":  # a wavefront is two warps
         warps = 4
+    if mixed and width // cells[1] % 2:  # narrow accesses, of many addresses
+        of_tile, of_held = of_tile // 2, of_held // 2
     wide = channels // count * (height // cells[0]) * (width // cells[1])
     least = 16 if joint else 1  # the other products have more columns: those of every coarse row
     block = max(least, min(64, _power_of_two(wide), of_tile * warps // tile, of_held * warps // held))
-    if mixed:
-        fused = not large and held * least <= of_held * warps
-        return BilinearConfig(block, 1, joint, fused, warps, stages)
+    fused = not mixed or (not large and held * least <= of_held * warps)
     tiles = -(-wide // block)
+    programs = clips * count * (frames // ts if mixed else frames) * tiles
     enough = 1 if family == "interpreted" else 1024  # programs for a large GPU
-    steps = 1 if large else max(1, min(tiles, clips * count * frames * tiles // enough))
-    return BilinearConfig(block, steps, joint, True, warps, stages)
+    several = not large and kind != "forward_mixed" and not (mixed and itemsize > 2)  # these hold as much as they can
+    steps = max(1, min(tiles, programs // enough)) if several else 1
+    return BilinearConfig(block, steps, joint, fused, warps, stages)
