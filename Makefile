@@ -31,7 +31,7 @@ test: lint  ## everything that a change must pass
 	$(BIN)/python -m pytest -n auto
 
 full: $(BIN)/.installed  ## the random tests of the kernels with as many examples as on a GPU: half an hour interpreted
-	FULL=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m kernels tests/test_region.py tests/test_relational.py
+	FULL=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m kernels tests/test_region.py tests/test_relational.py tests/test_bilinear.py
 
 demo: $(BIN)/.installed  ## dynamic regions learn to find real handwritten digits
 	$(BIN)/python -m dyreg_triton.demo

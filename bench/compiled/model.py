@@ -18,13 +18,14 @@ Given = Mapping[str, Any]
 
 
 class Work(NamedTuple):
-    """Of one launch; `turns` of the loop by one program, where there is one loop and it is known."""
+    """Of one launch; `turns` of the inner loop by one program, where known, and `rounds` of what is around it."""
 
     bytes_moved: int
     operations: int
     floor_bytes: int
     floor_operations: int
     turns: int | None = None
+    rounds: int = 1
 
 
 def _up(n: int, block: int) -> int:
@@ -317,7 +318,8 @@ class _Maps:
         self.clips = programs // (units * (self.frames // (self.ts or 1)) * blocks)
         self.numbers = self.clips * units * given["CU"] * self.frames * height * width
         self.square = self.down**2 + self.across**2
-        self.turns = self.ts or given["STEPS"]  # of the loop; a tile each
+        self.turns = (self.ts or 1) * given["STEPS"]  # of the inner loop; a tile each
+        self.rounds = self.ts if self.ts and given["STEPS"] > 1 else 1  # else there is one loop
         self.loaded = programs * (self.ts or 1)  # how often a P and a Q are, and a row of their gradients is written
         self.tiles = programs * self.turns
         square = self.down**2 * given["p"].element_size() + self.across**2 * given["q"].element_size()
@@ -347,7 +349,8 @@ def _bilinear_backward(given: Given, programs: int) -> Work:
     m = _Maps(given, programs)
     need_x, need_pq, need_r = (bool(given[f"NEED_{name}"]) for name in ("X", "PQ", "R"))
     back, again = need_x or need_pq, need_pq or need_r  # P^T dz, and x Q: each is made once
-    clips = (1 + need_x + again) * m.numbers * given["x"].element_size()
+    one = m.numbers * given["x"].element_size()
+    clips = (1 + need_x + again) * one
     each = given["p_rows"].element_size()
     by_groups, by_mixes = m.clips * given["GROUPS"] * m.frames, m.clips * given["MIXES"]
     if given["JOINT"]:
@@ -356,11 +359,15 @@ def _bilinear_backward(given: Given, programs: int) -> Work:
         issued = m.by_p * (back + need_pq + need_r) + m.by_q * (need_x + need_pq + again)
     own = m.down * (back + need_pq + need_r) + m.across * (need_x + need_pq + again) + m.ts * (back + need_r)
     return Work(
-        bytes_moved=clips + m.matrices + each * (m.loaded * m.square * need_pq + programs * m.ts**2 * need_r),
+        bytes_moved=clips
+        + (max(m.ts, 1) - 1) * one  # dy in every frame
+        + m.matrices
+        + each * (m.loaded * m.square * need_pq + programs * m.ts**2 * need_r),
         operations=2 * m.tiles * issued,
         floor_bytes=clips + m.least_matrices + each * (by_groups * m.square * need_pq + by_mixes * m.ts**2 * need_r),
         floor_operations=2 * m.numbers * own,
         turns=m.turns,
+        rounds=m.rounds,
     )
 
 

@@ -125,7 +125,7 @@ def instructions(code: Code, done: Work | None) -> int | None:
     else:
         return code.loop.instructions * done.operations // code.loop_operations if code.loop_operations else None
     once = code.instructions - code.loop.instructions
-    return code.programs * code.num_warps * (once + turns * code.loop.instructions)
+    return code.programs * code.num_warps * (done.rounds * once + turns * code.loop.instructions)
 
 
 def issue_limit(code: Code, done: Work | None, dtype: str, issued: int | None) -> float | None:

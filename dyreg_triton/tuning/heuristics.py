@@ -357,7 +357,7 @@ def bilinear(
     fused = not mixed or (not large and held * least <= of_held * warps)
     tiles = -(-wide // block)
     programs = clips * count * (frames // ts if mixed else frames) * tiles
-    enough = 1 if family == "interpreted" else 1024  # programs for a large GPU
+    enough = 1 if family == "interpreted" else 512 if mixed else 1024  # programs for a large GPU
     several = not large and kind != "forward_mixed" and not (mixed and itemsize > 2)  # these hold as much as they can
     steps = max(1, min(tiles, programs // enough)) if several else 1
     return BilinearConfig(block, steps, joint, fused, warps, stages)
