@@ -13,9 +13,10 @@ by the same matrix. Up to some 64 coarse cells (7 x 7, 8 x 8) that matrix is kro
 one product of full tensor-core tiles, and one more for each gradient, whose sum over columns is folded to dP and dQ at
 the end. For more coarse cells Q and P are applied one after the other, two products of Sw + Sh terms in place of
 Sw * Sh. Columns run along the innermost axis of memory, so that what a warp loads is whole sectors. Where R mixes
-frames (TS > 0), a program holds its columns in all frames of a phase: the forward sums them as it goes, the backward
-has read dy once and takes each frame's sum from it. Where that does not fit on chip, `bilinear_mix` is a pass of its
-own, in place.
+frames (TS > 0), a program has its columns in all frames of a phase: the forward sums them as it goes; the backward
+takes the sum of each frame's dz from dy of all of them, which it finds in the first-level cache from the second frame
+on, and loops over tiles inside a frame, so that making and folding the matrix costs once for several. Where the frames
+of a tile do not fit on chip, `bilinear_mix` is a pass of its own, in place.
 """
 
 import triton
@@ -235,24 +236,25 @@ def bilinear_forward(
     group = unit // (UNITS // GROUPS)
 
     if TS > 0:
-        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], X_STRIDES, X_FORM)
-        there = tile_there(n, SHAPE, CELLS, CU)
         r += b * R_STRIDES[0] + unit // (UNITS // MIXES) * R_STRIDES[1]
         s = tl.arange(0, TS_PAD)
-        mixed = tl.zeros((TS_PAD, CELLS[2] * CELLS[3], BLOCK_N), ACC)
-        for t in range(0, TS):
-            frame = t * PHASES + phase
-            by_row, by_column = load_matrices(p, q, b, group, frame, P_STRIDES, Q_STRIDES, CELLS, ACC)
-            first, second, p_scale, q_scale = operands(by_row, by_column, CELLS, JOINT, OPERAND)
-            tile = tl.load(x + unit_start(b, unit * CU, frame, SHAPE, X_STRIDES, X_FORM) + here, mask=there, other=0.0)
-            z = transform(tile, first, second, p_scale * q_scale, CELLS, BLOCK_N, JOINT, ACC, PRECISION, OPERAND)
-            weights = load_weights(r, s, t, R_STRIDES, TS, ACC)
-            mixed += weights[:, None, None] * z[None, :, :]
-        start = unit_start(b, unit * CU, s.to(tl.int64) * PHASES + phase, SHAPE, Y_STRIDES, Y_FORM)
-        here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], Y_STRIDES, Y_FORM)
-        there = (s < TS)[:, None, None] & there[None, :, :]
-        tl.store(y + (start[:, None, None] + here[None, :, :]), mixed.to(OPERAND), mask=there)
+        y += unit_start(b, unit * CU, s.to(tl.int64) * PHASES + phase, SHAPE, Y_STRIDES, Y_FORM)[:, None, None]
+        for step in range(0, STEPS):
+            n = (block * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+            here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], X_STRIDES, X_FORM)
+            there = tile_there(n, SHAPE, CELLS, CU)
+            mixed = tl.zeros((TS_PAD, CELLS[2] * CELLS[3], BLOCK_N), ACC)
+            for t in range(0, TS):
+                frame = t * PHASES + phase
+                by_row, by_column = load_matrices(p, q, b, group, frame, P_STRIDES, Q_STRIDES, CELLS, ACC)
+                first, second, p_scale, q_scale = operands(by_row, by_column, CELLS, JOINT, OPERAND)
+                from_x = x + unit_start(b, unit * CU, frame, SHAPE, X_STRIDES, X_FORM)
+                tile = tl.load(from_x + here, mask=there, other=0.0)
+                z = transform(tile, first, second, p_scale * q_scale, CELLS, BLOCK_N, JOINT, ACC, PRECISION, OPERAND)
+                mixed += load_weights(r, s, t, R_STRIDES, TS, ACC)[:, None, None] * z[None, :, :]
+            here = tile_places(n, SHAPE, CELLS, CU, X_FORM[2], Y_STRIDES, Y_FORM)
+            all_there = (s < TS)[:, None, None] & there[None, :, :]
+            tl.store(y + here[None, :, :], mixed.to(OPERAND), mask=all_there)
     else:
         by_row, by_column = load_matrices(p, q, b, group, phase, P_STRIDES, Q_STRIDES, CELLS, ACC)
         first, second, p_scale, q_scale = operands(by_row, by_column, CELLS, JOINT, OPERAND)

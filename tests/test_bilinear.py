@@ -8,7 +8,8 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from torch.nn import functional as F
 import dyreg_triton as dt
 from dyreg_triton import tuning
 from dyreg_triton.dispatch import can_run
+from dyreg_triton.launch import Launch, watched
 from dyreg_triton.testing import BilinearSpec, Call, TensorSpec, check_call, check_op, strategies
 
 OP = "bilinear_transform"
@@ -691,7 +693,7 @@ def test_float16_of_extreme_scales(
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(*HALVES))
 def test_sums_are_taken_in_float32(backend: str, dtype: torch.dtype) -> None:
     """1,024 ones: in bfloat16 their sum would stop growing at 256."""
-    case = BilinearCase((1, 64), (1, 64), (1, 1), 1, 1, 8, 1, dtype=dtype)
+    case = BilinearCase((1, 64), (1, 64), (1, 1), 1, 1, 16, 1, dtype=dtype)
     values = {name: torch.ones_like(t) for name, t in inputs(case)[0].items()}
     values["q"] = values["q"] / 64
     grad_output = torch.ones_like(values["x"])
@@ -1214,3 +1216,339 @@ def test_floor_of_a_result_that_cancels() -> None:
 
 
 # --- configs --------------------------------------------------------------------------------------------------------
+
+FORWARD, BACKWARD = ("forward", "forward_mixed"), ("backward", "backward_mixed")
+TRANSFORMS = (*FORWARD, *BACKWARD)
+# how many groups of t, of how many frames each, and how many frames there are
+MIXED = [((1, 1), 1), ((1, 1), 4), ((2, 2), 4), ((1, 2), 6), ((2, 3), 6)]
+
+
+@contextmanager
+def forced(*kinds: str, **fields: Any) -> Iterator[list[Launch]]:
+    """Launch configs of these kinds (default: of all) say this; gives what is launched."""
+    launches: list[Launch] = []
+
+    def choose(key: tuning.Key, config: Any) -> Any:
+        return dataclasses.replace(config, **(fields if not kinds or key.kind in kinds else {}))
+
+    with tuning.override(choose), watched(lambda launch, _: launches.append(launch)):
+        yield launches
+
+
+def kinds_of(launches: list[Launch]) -> set[str]:
+    return {launch.key.kind for launch in launches}
+
+
+def expected_kinds(*, forward: bool, backward: bool) -> set[str]:
+    """What runs of a call with t, if frames are mixed in the same pass or not."""
+    first = {"forward_mixed"} if forward else {"forward", "mix"}
+    return first | ({"backward_mixed"} if backward else {"mix_backward", "forward", "backward"})
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("temporal", [None, (2, 2)], ids=["space", "space and time"])
+@pytest.mark.parametrize(
+    ("cells", "times"),
+    [((3, 5), (2, 1)), ((7, 7), (1, 2)), ((2, 2), (1, 3)), ((1, 1), (2, 2)), ((8, 4), (1, 1))],
+    ids=str,
+)
+@pytest.mark.parametrize("joint", [True, False])
+def test_one_product_or_two(
+    joint: bool, cells: tuple[int, int], times: tuple[int, int], temporal: tuple[int, int] | None
+) -> None:
+    """By kron(P, Q^T), or by P and Q one after the other, whichever the heuristic prefers."""
+    size = (cells[0] * times[0], cells[1] * times[1])
+    with forced(*TRANSFORMS, joint=joint, block_n=16) as launches:
+        check(BilinearCase(cells, size, temporal, 2, 1, 4, 2, seed=60), "triton")
+    transforms = [launch for launch in launches if launch.key.kind in TRANSFORMS]
+    assert kinds_of(transforms) == (
+        {"forward", "backward"} if temporal is None else {"forward_mixed", "backward_mixed"}
+    )
+    assert {launch.constants["JOINT"] for launch in transforms} == {joint}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("one", FORWARD)
+@pytest.mark.parametrize("joint", [True, False])
+def test_forward_and_backward_differ_in_products(one: str, joint: bool) -> None:
+    """Each has a config of its own."""
+    temporal = (1, 2) if one == "forward_mixed" else None
+    other = "backward_mixed" if temporal else "backward"
+    with forced(other, joint=not joint, block_n=16) as launches, forced(one, joint=joint, block_n=16):
+        check(BilinearCase((3, 2), (3, 4), temporal, 2, 1, 2, 1, seed=61), "triton")
+    assert {launch.key.kind: launch.constants["JOINT"] for launch in launches} == {one: joint, other: not joint}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("temporal", "frames"), MIXED, ids=str)
+@pytest.mark.parametrize("backward", [True, False], ids=["backward in one", "backward in passes"])
+@pytest.mark.parametrize("forward", [True, False], ids=["forward in one", "forward in passes"])
+def test_frames_mixed_in_one_pass_or_in_passes(
+    forward: bool, backward: bool, temporal: tuple[int, int], frames: int
+) -> None:
+    """Independently in the forward and in the backward."""
+    case = BilinearCase((2, 3), (4, 3), temporal, frames, 2, 4, 2, seed=62)
+    with forced("forward_mixed", fused=forward) as launches, forced("backward_mixed", fused=backward):
+        check(case, "triton")
+    assert kinds_of(launches) == expected_kinds(forward=forward, backward=backward)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("frames", [1, 4, 6])
+@pytest.mark.parametrize("fused", [True, False])
+def test_without_t_there_is_nothing_to_fuse(fused: bool, frames: int) -> None:
+    with forced(fused=fused) as launches:
+        check(BilinearCase((2, 3), (4, 3), None, frames, 1, 4, 2, seed=63), "triton")
+    assert kinds_of(launches) == {"forward", "backward"}
+
+
+# columns of a tile, tiles of a program and one product or two, where there are forty columns
+COLUMNS = [
+    (16, 1, True), (16, 2, True), (16, 5, True), (32, 2, True), (64, 1, True), (64, 3, True), (1, 7, False),
+    (2, 20, False), (4, 3, False), (8, 2, False), (16, 1, False), (16, 2, False), (64, 2, False),
+]  # fmt: skip
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("block_n", "steps", "joint"), COLUMNS, ids=str)
+@pytest.mark.parametrize("kinds", [FORWARD, BACKWARD], ids=["forward", "backward"])
+@pytest.mark.parametrize("mixed", [None, True, False], ids=["space", "in one pass", "in passes"])
+def test_tiles_and_steps(mixed: bool | None, kinds: tuple[str, ...], block_n: int, steps: int, joint: bool) -> None:
+    """Fewer columns than a tile has, and more; programs of one tile, of some, and of more than there are."""
+    case = BilinearCase((2, 3), (4, 12), None if mixed is None else (1, 2), 2, 1, 5, 1, seed=64)
+    with (
+        forced("forward_mixed", "backward_mixed", fused=bool(mixed)) as launches,
+        forced(*kinds, block_n=block_n, steps=steps, joint=joint),
+    ):
+        check(case, "triton")
+    found = [launch for launch in launches if launch.key.kind in kinds]
+    assert found
+    for launch in found:
+        assert (launch.constants["BLOCK_N"], launch.constants["JOINT"]) == (block_n, joint)
+        programs = {-(-40 // (block_n * steps))}
+        if launch.key.kind == "forward_mixed":  # which holds all frames of one tile, and may have no use for steps
+            programs.add(-(-40 // block_n))
+        assert launch.programs in {n if mixed else n * 2 for n in programs}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_column_a_tile(fused: bool) -> None:
+    with (
+        forced(*TRANSFORMS, block_n=1, steps=1, joint=False) as launches,
+        forced("forward_mixed", "backward_mixed", fused=fused),
+    ):
+        check(BilinearCase((2, 3), (4, 3), (1, 2), 2, 1, 3, 1, seed=81), "triton")
+    assert {launch.programs for launch in launches if launch.key.kind in TRANSFORMS} == {6 if fused else 12}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("block_n", [16, 32, 128, 512])
+@pytest.mark.parametrize("ts", [1, 2, 3])
+def test_tiles_of_a_pass_that_mixes(ts: int, block_n: int) -> None:
+    """Forty-eight columns for each group of t."""
+    case = BilinearCase((2, 3), (4, 6), (2, ts), 2 * ts, 1, 4, 1, layouts={"x": "channels_last_3d"}, seed=65)
+    with (
+        forced("mix", "mix_backward", block_n=block_n) as launches,
+        forced("forward_mixed", "backward_mixed", fused=False),
+    ):
+        check(case, "triton")
+    found = [launch for launch in launches if launch.key.kind.startswith("mix")]
+    assert kinds_of(found) == {"mix", "mix_backward"}
+    assert {(launch.constants["BLOCK_N"], launch.programs) for launch in found} == {(block_n, 4 * -(-48 // block_n))}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("warps_and_stages", [(1, 1), (2, 3), (8, 2), (16, 1)], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_warps_and_stages(fused: bool, warps_and_stages: tuple[int, int]) -> None:
+    warps, stages = warps_and_stages
+    with forced(fused=fused, num_warps=warps, num_stages=stages) as launches:
+        check(BilinearCase((3, 5), (3, 10), (1, 2), 4, 1, 2, 1, seed=66), "triton")
+    assert kinds_of(launches) == expected_kinds(forward=fused, backward=fused)
+    assert {(launch.constants["num_warps"], launch.constants["num_stages"]) for launch in launches} == {(warps, stages)}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("which", ["all", "x", *some("gradient", "matrices", few=0)])
+@pytest.mark.parametrize("layout", ["channels_last_3d", "sliced", *some("transposed", "expanded", few=0)])
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("mixed", [None, True, False], ids=["space", "in one pass", "in passes"])
+def test_layouts_under_every_config(mixed: bool | None, joint: bool, layout: str, which: str) -> None:
+    """In more tiles than one."""
+    chosen = {"all": NAMES, "x": ("x",), "matrices": NAMES[1:], "gradient": ()}[which]
+    case = BilinearCase(
+        (2, 3), (4, 9), None if mixed is None else (1, 2), 4, 1, 4, 1, layouts=dict.fromkeys(chosen, layout),
+        grad_layout=layout if which in ("all", "gradient") else "contiguous", seed=67,
+    )  # fmt: skip
+    with forced(fused=bool(mixed)) as launches, forced(*TRANSFORMS, joint=joint, block_n=16 if joint else 8):
+        check(case, "triton")
+    expected = {"forward", "backward"} if mixed is None else expected_kinds(forward=mixed, backward=mixed)
+    assert kinds_of(launches) == expected
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("matrices", [None, torch.float32], ids=["one dtype", "float32 matrices"])
+@pytest.mark.parametrize(("backend", "dtype"), [p for p in backends_and_dtypes() if p.values[0] == "triton"])
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("mixed", [None, True, False], ids=["space", "in one pass", "in passes"])
+def test_dtypes_under_every_config(
+    mixed: bool | None, joint: bool, backend: str, dtype: torch.dtype, matrices: torch.dtype | None
+) -> None:
+    case = BilinearCase(
+        (3, 5), (6, 5), None if mixed is None else (2, 3), 3, 1, 4, 1, dtype=dtype, matrices_dtype=matrices, seed=68
+    )
+    with forced(fused=bool(mixed)) as launches, forced(*TRANSFORMS, joint=joint, block_n=16 if joint else 2):
+        check(case, backend)
+    expected = {"forward", "backward"} if mixed is None else expected_kinds(forward=mixed, backward=mixed)
+    assert kinds_of(launches) == expected
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("scales", [(1e-4, 1e4), (1e4, 1e-4)], ids=str)
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_float16_of_extreme_scales_under_every_config(fused: bool, joint: bool, scales: tuple[float, float]) -> None:
+    """Half way there float16 over- or underflows, whichever way that is."""
+    case = BilinearCase((2, 3), (2, 3), channels=2, dtype=torch.float16, matrices_dtype=torch.float32, seed=69)
+    values, grad_output = inputs(case)
+    values["p"], values["q"], values["x"] = values["p"] * scales[0], values["q"] * scales[1], values["x"] * 8
+    grad_output = grad_output / 32
+    expected = exact(values, grad_output)
+    with forced(fused=fused), forced(*TRANSFORMS, joint=joint, block_n=16):
+        assert_all_close(results(case, "triton", values, grad_output), expected, tolerance=1e-2)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("wanted", SUBSETS, ids=lambda names: "+".join(names) or "none")
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_of_some_inputs_only_under_every_config(fused: bool, wanted: tuple[str, ...]) -> None:
+    """In passes only those run that are needed."""
+    case = BilinearCase(size=(2, 6), batch=1, channels=2, frames=6, temporal=(2, 3), seed=70)
+    values, grad_output = inputs(case)
+    for name, t in values.items():
+        t.requires_grad_(name in wanted)
+    with forced("forward_mixed", "backward_mixed", fused=fused) as launches:
+        y = call_op("triton", values)
+        del launches[:]
+        if wanted:
+            y.backward(grad_output)
+    kinds = [launch.key.kind for launch in launches]
+    if not wanted or fused:
+        assert kinds == ["backward_mixed"] * bool(wanted)
+    else:
+        others = any(name in wanted for name in "xpq")
+        assert sorted(kinds) == sorted(["mix_backward"] + ["forward"] * ("t" in wanted) + ["backward"] * others)
+    expected = reference_results(case)
+    assert_close(y, expected["out"])
+    for name, t in values.items():
+        assert_close(t.grad, expected[f"grad_{name}"] if name in wanted else None, f"grad_{name}")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("backward", [True, False], ids=["backward in one", "backward in passes"])
+@pytest.mark.parametrize("joint", [True, False])
+def test_same_bits_under_one_config(joint: bool, backward: bool) -> None:
+    """Whatever it is, from run to run; and no input is written, nor the incoming gradient."""
+    case = BilinearCase((2, 3), (4, 9), (2, 2), 4, 1, 4, 1, layouts={"x": "channels_last_3d"}, seed=71)
+    values, grad_output = inputs(case)
+    kept = {name: t.clone() for name, t in {**values, "grad": grad_output}.items()}
+    with forced(*TRANSFORMS, joint=joint, block_n=16, steps=2), forced("backward_mixed", fused=backward, steps=1):
+        leaves = {name: t.detach().requires_grad_() for name, t in values.items()}
+        with dt.backend("triton"):
+            y = case.function(dt.ops)(**leaves)
+            runs = [
+                torch.autograd.grad(y, list(leaves.values()), grad_output, retain_graph=True)
+                for _ in range(2 if INTERPRETED else 4)
+            ]
+    for run in runs[1:]:
+        for name, first, again in zip(leaves, runs[0], run, strict=True):
+            assert_identical(again, first, name)
+    for name, t in {**values, "grad": grad_output}.items():
+        assert_identical(t, kept[name], name)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", ["forward_mixed", "backward_mixed"])
+def test_every_group_in_passes(kind: str) -> None:
+    """Groups of t that do not nest in those of p and q, of which a pass over space alone knows nothing."""
+    for channels, groups, temporal in some((6, 2, 3), (6, 3, 2), (6, 6, 1), (15, 3, 5), (17, 1, 17), few=4):
+        with forced(kind, fused=False) as launches:
+            check(BilinearCase((2, 1), (2, 2), (temporal, 2), 2, 1, channels, groups, seed=72), "triton")
+        assert kinds_of(launches) == expected_kinds(forward=kind != "forward_mixed", backward=kind != "backward_mixed")
+
+
+# clips, channels and size that a config is chosen for: those of the case, or larger ones
+CHOSEN_FOR = {"itself": None, "a large map": (8, 512, (28, 28))}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("chosen_for", CHOSEN_FOR)
+@pytest.mark.parametrize(
+    "case",
+    [
+        BilinearCase((7, 7), (7, 14), (1, 2), 4, 1, 3, 1, seed=73),
+        BilinearCase((7, 7), (14, 7), None, 2, 1, 4, 2, seed=74),
+        *some(
+            BilinearCase((3, 2), (6, 2), (2, 3), 3, 1, 4, 1, seed=75),
+            BilinearCase((12, 5), (12, 5), (1, 2), 2, 1, 2, 1, seed=76),
+            BilinearCase((17, 3), (17, 3), None, 1, 1, 3, 1, seed=77),
+            BilinearCase((33, 20), (33, 20), (1, 2), 2, 1, 1, 1, seed=78),
+            BilinearCase((2, 2), (4, 4), (1, 16), 16, 1, 1, 1, seed=79),
+            few=6,
+        ),
+    ],
+    ids=lambda case: f"{case.cells} {case.temporal}",
+)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("family", ["nvidia", "blackwell", "amd"])
+def test_blocks_of_every_family(family: str, itemsize: int, case: BilinearCase, chosen_for: str) -> None:
+    """What other GPUs would choose, for other sizes and dtypes too, gives the same numbers."""
+    if chosen_for != "itself" and not (INTERPRETED or family != "amd"):
+        pytest.skip("blocks of another GPU may need more than this one has")
+    launches: list[Launch] = []
+
+    def choose(key: tuning.Key, _: Any) -> Any:
+        clips, channels, t, h, w, groups, sh, sw, mixes, ts = key.sizes
+        larger = CHOSEN_FOR[chosen_for]
+        if larger is not None:
+            clips, channels = larger[0], channels * -(-larger[1] // channels)
+            h, w = (side * -(-most // side) for side, most in zip((h, w), larger[2], strict=True))
+        return tuning.bilinear(key.kind, (clips, channels, t, h, w), groups, (sh, sw), mixes, ts, itemsize, family)
+
+    with tuning.override(choose), watched(lambda launch, _: launches.append(launch)):
+        check(case, "triton")
+    assert launches
+
+
+NO_CONFIGS = [
+    *[("block_n", value) for value in (0, -16, 3, 48, 8192, 2**70)],
+    *[("num_warps", value) for value in (0, -4, 3, 64)],
+    *[(name, value) for name in ("steps", "num_stages") for value in (0, -1, 2**31)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), NO_CONFIGS, ids=str)
+def test_no_configs(field: str, value: int) -> None:
+    """Each names what is wrong, and what is accepted."""
+    with pytest.raises(ValueError, match=rf"BilinearConfig: {field} is {value}; accepted"):
+        tuning.BilinearConfig(**{field: value})
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(tuning.BilinearConfig(), **{field: value})
+
+
+def test_configs_up_to_their_limits() -> None:
+    for fields in ({"block_n": 1}, {"block_n": 4096}, {"num_warps": 1}, {"num_warps": 32}, {"steps": 2**31 - 1}):
+        assert dataclasses.asdict(tuning.BilinearConfig(**fields)).items() >= fields.items()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("changed", [{"block_n": 12}, {"steps": 0}, {"num_warps": 0}], ids=str)
+def test_no_config_is_launched(changed: dict[str, int]) -> None:
+    """An override that makes one is refused before anything runs."""
+    values, _ = inputs(BilinearCase((2, 1), (2, 1), None, 1, 1, 1, 1, seed=80))
+    (field,) = changed
+    with forced(**changed) as launches, pytest.raises(ValueError, match=field):
+        call_op("triton", values)
+    assert not launches
+    assert call_op("triton", values).isfinite().all()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,17 +17,18 @@ from unittest import mock
 import pytest
 import torch
 from support import DEVICE, INTERPRETED, awake
-from tuning_cases import collected, without_files, written
+from tuning_cases import BILINEAR_KINDS, collected, without_files, written
 
 import dyreg_triton as dt
 from dyreg_triton import tuning
 from dyreg_triton.cli import main
 from dyreg_triton.gpu import Gpu, family, gpu_of
 from dyreg_triton.launch import Launch, watched
-from dyreg_triton.tuning import Config, Key, TunedCall, calls, files
+from dyreg_triton.tuning import BilinearConfig, Config, Key, TunedCall, calls, files
 from dyreg_triton.tuning.engine import Refused
 from dyreg_triton.tuning.files import user_file
 from dyreg_triton.tuning.problems import Running, case_of, keys_of
+from dyreg_triton.tuning.rooms import ROOMS
 from dyreg_triton.tuning.tuner import KernelJob
 
 
@@ -65,7 +68,18 @@ RSA_SHAPES = {
     "p1": (4, 5), "g": (4, 1, 3, 3), "identity": (4, 4),
 }  # fmt: skip
 ATTEND = TunedCall("relational_attention", {n: spec(*s) for n, s in RSA_SHAPES.items()}, {"eps": 1e-6}, True)
+TRANSFORM = TunedCall(
+    "bilinear_transform",
+    {"x": spec(1, 4, 2, 2, 4), "p": spec(1, 2, 2, 2, 2), "q": spec(1, 2, 2, 2, 2), "t": spec(1, 1, 2, 2)}, {}, True,
+)  # fmt: skip
+SPACE = TRANSFORM._replace(tensors={name: TRANSFORM.tensors[name] for name in "xpq"})
+# too many frames and cells to be held at once
+LARGE = TRANSFORM._replace(
+    tensors={"x": spec(1, 1, 64, 9, 8), "p": spec(1, 1, 64, 9, 9), "q": spec(1, 1, 64, 8, 8), "t": spec(1, 1, 64, 64)}
+)
+PASSES = {"forward_mixed": {"forward", "mix"}, "backward_mixed": {"mix_backward", "forward", "backward"}}
 KINDS = {
+    "bilinear_transform": {"forward_mixed", "backward_mixed"},
     "region_pool": {"gather", "scatter_moments"},
     "region_remap": {"scatter", "gather_moments"},
     "region_kernel": {"dense", "dense_moments"},
@@ -80,7 +94,8 @@ def timer(seconds: Callable[[Launch], float] = lambda launch: 1e-5) -> Callable[
         launches: list[Launch] = []
         with watched(lambda launch, _: launches.append(launch)):
             run()
-        assert len({launch.key.kind for launch in launches}) == 1, "what is timed is another kernel too, or none"
+        kinds = {launch.key.kind for launch in launches}
+        assert len(kinds) == 1 or kinds in PASSES.values(), "what is timed is another kernel too, or none"
         return sum(map(seconds, launches))
 
     return time
@@ -92,7 +107,7 @@ def wide(launch: Launch) -> float:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("call", [POOL, REMAP, KERNEL, ATTEND], ids=lambda call: call.op)
+@pytest.mark.parametrize("call", [POOL, REMAP, KERNEL, ATTEND, TRANSFORM], ids=lambda call: call.op)
 def test_defaults_are_kept(tmp_path: Path, gpu: Gpu, call: TunedCall) -> None:
     """Where nothing is faster: an entry for every kernel of the call, forward and backward."""
     path, seen = tmp_path / "a.json", []
@@ -113,13 +128,16 @@ def test_defaults_are_kept(tmp_path: Path, gpu: Gpu, call: TunedCall) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("call", [POOL, REMAP, KERNEL, ATTEND], ids=lambda call: call.op)
+@pytest.mark.parametrize("call", [POOL, REMAP, KERNEL, ATTEND, TRANSFORM], ids=lambda call: call.op)
 def test_no_backward_is_not_tuned(tmp_path: Path, gpu: Gpu, call: TunedCall) -> None:
     forward = call._replace(backward=False)
     with mock.patch.object(KernelJob, "neighbours", return_value=()):
         tuning.tune([forward], path=tmp_path / "a.json", device=DEVICE, timer=timer())
     kinds = {key.kind for key in files.read(tmp_path / "a.json", gpu)}
-    assert kinds == KINDS[call.op] & {"gather", "scatter", "dense", "pack", "forward"}
+    assert kinds == KINDS[call.op] & FORWARD
+
+
+FORWARD = {"gather", "scatter", "dense", "pack", "forward", "forward_mixed"}
 
 
 def of_dtype(call: TunedCall, dtype: str) -> TunedCall:
@@ -138,6 +156,16 @@ FORMS = {
     "no options": POOL._replace(options={}),
     "a kernel": KERNEL,
     "many nodes": POOL._replace(tensors={"x": spec(1, 5, 3, 4), "regions": spec(1, 40, 4)}),
+    "a transform": TRANSFORM,
+    "a transform in bfloat16": of_dtype(TRANSFORM, "bfloat16"),
+    "a transform in float16 by float32": TRANSFORM._replace(
+        tensors={**TRANSFORM.tensors, "x": spec(1, 4, 2, 2, 4, dtype="float16")}
+    ),
+    "a transform in channels last": TRANSFORM._replace(
+        tensors={**TRANSFORM.tensors, "x": spec(1, 4, 2, 2, 4, layout="channels_last")}
+    ),
+    "a transform in space": SPACE,
+    "a transform of many frames": LARGE._replace(backward=False),
     "attention by values": ATTEND._replace(
         tensors={name: ATTEND.tensors[name] for name in ("q", "v", "p1", "h2")}, options={}, backward=False
     ),
@@ -159,8 +187,14 @@ def test_calls_of_every_form(tmp_path: Path, gpu: Gpu, case: str) -> None:
         tuning.tune([FORMS[case]], path=tmp_path / "a.json", device=DEVICE, timer=time)
     found = set(files.read(tmp_path / "a.json", gpu))
     assert found == {launch.key for launch in launches}
-    kinds = {"gather", "scatter", "gather_moments"} if case == "many nodes" else KINDS[FORMS[case].op]
-    assert {key.kind for key in found} == (kinds if FORMS[case].backward else {"pack", "forward"})
+    kinds = KINDS[FORMS[case].op]
+    if case == "many nodes":
+        kinds = {"gather", "scatter", "gather_moments"}
+    elif case == "a transform in space":
+        kinds = {"forward", "backward"}
+    elif case == "a transform of many frames":
+        kinds = {"forward", "mix"}
+    assert {key.kind for key in found} == (kinds if FORMS[case].backward else kinds & {*FORWARD, "mix"})
 
 
 @pytest.mark.kernels
@@ -190,6 +224,20 @@ def test_other_kernels_of_a_call_have_their_defaults(tmp_path: Path, gpu: Gpu) -
         (key.kind, said.default.block_c, said.default.num_warps)
         for key, said in files.read(tmp_path / "a.json", gpu).items()
     }
+
+
+@pytest.mark.kernels
+def test_other_kernels_of_a_transform_have_their_defaults(tmp_path: Path, gpu: Gpu) -> None:
+    """Whatever the user's file says of the forward, the backward is checked and timed beside the default one."""
+    some = keys_of(TRANSFORM, family(DEVICE))[0]
+    written(user_file(gpu), {some: BilinearConfig(fused=False)}, gpu)
+    tuning.forget()
+    assert not tuning.origin(some, DEVICE).config.fused
+    launches: list[Launch] = []
+    none = mock.patch.object(KernelJob, "neighbours", return_value=())
+    with none, watched(lambda launch, _: launches.append(launch)):
+        tuning.tune([TRANSFORM], path=tmp_path / "a.json", device=DEVICE, timer=timer())
+    assert {launch.key.kind for launch in launches} == {"forward_mixed", "backward_mixed"}
 
 
 @pytest.mark.kernels
@@ -231,6 +279,173 @@ def test_what_is_faster_is_written(tmp_path: Path, gpu: Gpu) -> None:
     with tuning.use(path), dt.backend("triton"), watched(lambda launch, _: launches.append(launch)):
         dt.ops.region_pool(x, regions)
     assert launches[-1].constants["BLOCK_C"] == 32
+
+
+# --- a key that several launches may stand for ----------------------------------------------------------------------
+
+
+class Clock:
+    """A stand-in timer that notes what it runs, and says what `seconds` says of each kind of kernel."""
+
+    def __init__(self, **seconds: float):
+        self.seconds, self.runs = seconds, []  # the runs: kinds of the launches, in order
+
+    def __call__(self, run: Callable[[], None]) -> float:
+        launches: list[Launch] = []
+        with watched(lambda launch, _: launches.append(launch)):
+            run()
+        self.runs.append([launch.key.kind for launch in launches])
+        return sum(self.seconds.get(kind, 1e-5) for kind in self.runs[-1])
+
+
+def in_passes(job: KernelJob, config: Any) -> list[Any]:
+    """The other way of mixing frames, where there is one, as the only candidate."""
+    return [dataclasses.replace(config, fused=False)] if job.key.kind.endswith("mixed") and config.fused else []
+
+
+# milliseconds of each pass, and whether they are faster than ten in one pass
+PACES = {
+    "all fast": ({"forward": 2, "mix": 2, "mix_backward": 2, "backward": 2}, True, True),
+    "a slow mix": ({"forward": 2, "mix": 9, "mix_backward": 2, "backward": 2}, False, True),
+    "a slow mix of the backward": ({"forward": 2, "mix": 2, "mix_backward": 9, "backward": 2}, True, False),
+    "a slow backward": ({"forward": 2, "mix": 2, "mix_backward": 2, "backward": 9}, True, False),
+    "a slow forward": ({"forward": 9, "mix": 2, "mix_backward": 2, "backward": 2}, False, False),
+    "slow in all": ({"forward": 6, "mix": 6, "mix_backward": 4, "backward": 4}, False, False),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("case", PACES)
+def test_passes_are_timed_together(tmp_path: Path, gpu: Gpu, case: str) -> None:
+    """All launches that stand for a candidate that mixes frames in passes, and no others; then it is what runs."""
+    pace, forward, backward = PACES[case]
+    clock = Clock(**{kind: n * 1e-3 for kind, n in pace.items()}, forward_mixed=1e-2, backward_mixed=1e-2)
+    path = tmp_path / "a.json"
+    with mock.patch.object(KernelJob, "neighbours", in_passes):
+        summary = tuning.tune([TRANSFORM], path=path, device=DEVICE, timer=clock)
+    assert number(summary.refused) == 0
+    orders = {tuple(sorted(run)) for run in clock.runs}
+    assert orders == {
+        ("forward_mixed",), ("backward_mixed",), ("forward", "mix"), ("backward", "forward", "mix_backward"),
+    }  # fmt: skip
+    found = {key.kind: said for key, said in files.read(path, gpu).items()}
+    assert {kind: not said.config.fused for kind, said in found.items()} == {
+        "forward_mixed": forward, "backward_mixed": backward,
+    }  # fmt: skip
+    for kind, said in found.items():
+        passes = sum(pace[name] for name in PASSES[kind]) * 1e-3
+        assert said.seconds == pytest.approx(passes if not said.config.fused else 1e-2, rel=1e-3)
+        assert said.default.fused
+        assert said.default_seconds == pytest.approx(1e-2)
+    launches: list[Launch] = []
+    with tuning.use(path), dt.backend("triton"), watched(lambda launch, _: launches.append(launch)):
+        Running(TRANSFORM, DEVICE)()
+    kinds = (PASSES["forward_mixed"] if forward else {"forward_mixed"}) | (
+        PASSES["backward_mixed"] if backward else {"backward_mixed"}
+    )
+    assert {launch.key.kind for launch in launches} == kinds
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("wanted", [["t"], ["x"], ["p", "q"], ["x", "t"]], ids="+".join)
+def test_only_passes_that_run_are_timed(tmp_path: Path, gpu: Gpu, wanted: list[str]) -> None:
+    """Of a call of which not all gradients are wanted."""
+    clock, path = Clock(backward_mixed=1.0), tmp_path / "a.json"
+    with mock.patch.object(KernelJob, "neighbours", in_passes):
+        tuning.tune([TRANSFORM._replace(backward=wanted)], path=path, device=DEVICE, timer=clock)
+    passes = ["backward"] * (wanted != ["t"]) + ["forward"] * ("t" in wanted) + ["mix_backward"]
+    assert {tuple(sorted(run)) for run in clock.runs if "mix_backward" in run} == {tuple(passes)}
+    found = {key.kind: said for key, said in files.read(path, gpu).items()}
+    assert not found["backward_mixed"].config.fused
+
+
+@contextmanager
+def passes_by_default(*kinds: str) -> Iterator[None]:
+    """As where the heuristic mixes frames in passes for these kinds, and in the same pass for others."""
+    room = ROOMS["bilinear"]
+
+    def default(key: Key, family: str) -> Any:
+        return dataclasses.replace(room.default(key, family), fused=key.kind not in kinds)
+
+    with mock.patch.dict(ROOMS, bilinear=dataclasses.replace(room, default=default)):
+        tuning.forget()
+        yield
+    tuning.forget()
+
+
+@pytest.mark.kernels
+def test_the_backward_in_passes_is_not_timed_as_the_forward(tmp_path: Path) -> None:
+    """It runs the forward's kernel once more, which is none of the forward's launches."""
+    clock = Clock()
+    with passes_by_default("backward_mixed"), mock.patch.object(KernelJob, "neighbours", in_passes):
+        tuning.tune([TRANSFORM], path=tmp_path / "a.json", device=DEVICE, timer=clock)
+    of_the_forward = {tuple(sorted(run)) for run in clock.runs if "mix" in run}
+    assert of_the_forward == {("forward", "mix")}
+
+
+@pytest.mark.kernels
+def test_the_forward_in_passes_is_not_timed_as_the_backward(tmp_path: Path) -> None:
+    """The other way round."""
+    clock = Clock()
+    with passes_by_default("forward_mixed"), mock.patch.object(KernelJob, "neighbours", in_passes):
+        tuning.tune([TRANSFORM], path=tmp_path / "a.json", device=DEVICE, timer=clock)
+    of_the_backward = {tuple(sorted(run)) for run in clock.runs if "mix_backward" in run}
+    assert of_the_backward == {("backward", "forward", "mix_backward")}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_call_in_passes_is_tuned_pass_by_pass(tmp_path: Path, gpu: Gpu, backward: bool) -> None:
+    """Where the heuristic says so: each pass has a config of its own."""
+    path = tmp_path / "a.json"
+    with (
+        passes_by_default("forward_mixed", "backward_mixed"),
+        mock.patch.object(KernelJob, "neighbours", return_value=()),
+    ):
+        tuning.tune([TRANSFORM._replace(backward=backward)], path=path, device=DEVICE, timer=timer())
+        found = {key.kind for key in files.read(path, gpu)}
+    assert found == (set(BILINEAR_KINDS) - set(PASSES) if backward else PASSES["forward_mixed"])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", ["forward", "mix", "mix_backward", "backward"])
+def test_a_wrong_pass_is_refused(tmp_path: Path, gpu: Gpu, kind: str) -> None:
+    """Whichever of those that stand for a candidate it is."""
+    place = {"forward": 4, "mix": 3, "mix_backward": 3, "backward": 5}[kind]  # what the kernel writes
+    clock, path = Clock(forward_mixed=1.0, backward_mixed=1.0), tmp_path / "a.json"
+    spoil = spoilt(lambda args: args[place].mul_(1.01), lambda launch: launch.key.kind == kind)
+    with spoil, mock.patch.object(KernelJob, "neighbours", in_passes):
+        summary = tuning.tune([TRANSFORM], path=path, device=DEVICE, timer=clock)
+    kept = {mixed for mixed, passes in PASSES.items() if kind in passes}
+    assert number(summary.refused) == len(kept)
+    found = {key.kind: said.config.fused for key, said in files.read(path, gpu).items()}
+    assert found == {mixed: mixed in kept for mixed in PASSES}
+
+
+@pytest.mark.kernels
+def test_a_transform_is_searched(tmp_path: Path, gpu: Gpu) -> None:
+    """Step by step from the default, by real neighbours: here to tiles of one column, by two products."""
+    seen: set[tuple[bool, int]] = set()
+
+    def time(run: Callable[[], None]) -> float:
+        launches: list[Launch] = []
+        with watched(lambda launch, _: launches.append(launch)):
+            run()
+        constants = launches[-1].constants
+        seen.add((constants["JOINT"], constants["BLOCK_N"]))
+        return 1e-5 * (constants["BLOCK_N"] + 5 * constants["JOINT"]) * 2 ** abs(constants["STEPS"] - 1)
+
+    sizes = {"x": spec(1, 16, 1, 2, 4), "p": spec(1, 2, 1, 2, 2), "q": spec(1, 2, 1, 2, 2)}
+    call = SPACE._replace(tensors=sizes, backward=False)  # sixteen columns
+    summary = tuning.tune([call], path=tmp_path / "a.json", device=DEVICE, timer=time)
+    (said,) = files.read(tmp_path / "a.json", gpu).values()
+    assert number(summary.refused) == 0
+    assert (said.config.block_n, said.config.joint) == (1, False)
+    assert {(True, 16), (False, 16), (False, 8), (False, 1)} <= seen
+    assert said.complete
+
+
+# --- what is wrong is not taken -------------------------------------------------------------------------------------
 
 
 def spoilt(how: Callable[[tuple], object], only: Callable[[Launch], bool]) -> Any:
@@ -314,16 +529,36 @@ def test_tune_writes_the_users_file(gpu: Gpu) -> None:
 def test_ops_and_dtypes_of_a_preset(tmp_path: Path, gpu: Gpu) -> None:
     """No time for any: it is counted how many there are."""
     left = {}
-    for ops in (None, ["region"], ["relational"]):
-        for dtypes in (("float32",), ("bfloat16", "float32")):
+    for ops in (None, *([op] for op in ROOMS), ["bilinear", "region"]):
+        for dtypes in (("float32",), ("bfloat16",), ("bfloat16", "float32")):
             summary = tuning.tune(
                 shapes="quick", ops=ops, dtypes=dtypes, budget=1e-9, path=tmp_path / "a.json", device=DEVICE,
                 timer=lambda run: 1e-5, again=True,
             )  # fmt: skip
-            left[ops and ops[0], len(dtypes)] = sum(counts(summary))
-    assert 0 < left["region", 1] < left[None, 1]
-    assert left[None, 1] == left["region", 1] + left["relational", 1]
-    assert left[None, 2] == 2 * left[None, 1]
+            left[ops and "+".join(ops), dtypes] = sum(counts(summary))
+    for dtypes in (("float32",), ("bfloat16",), ("bfloat16", "float32")):
+        assert all(left[op, dtypes] > 0 for op in ROOMS)
+        assert left[None, dtypes] == sum(left[op, dtypes] for op in ("region", "relational", "bilinear"))
+        assert left["bilinear+region", dtypes] == left["bilinear", dtypes] + left["region", dtypes]
+    for ops in (None, *ROOMS):
+        assert left[ops, ("bfloat16", "float32")] == left[ops, ("bfloat16",)] + left[ops, ("float32",)]
+
+
+@pytest.mark.parametrize("name", calls.PRESETS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_transforms_of_a_preset(name: str, dtype: str) -> None:
+    """With frames mixed and not, backward too, by float32 matrices; each is a call that the op takes."""
+    found = [call for call in calls.preset(name, [dtype]) if call.op == "bilinear_transform"]
+    assert {"t" in call.tensors for call in found} == {True, False}
+    assert all(call.backward is True and call.options == {} for call in found)
+    for call in found:
+        assert calls.checked(json.loads(json.dumps(call._asdict()))) == call
+        dtypes = {tensor: said["dtype"] for tensor, said in call.tensors.items()}
+        assert dtypes == {tensor: dtype if tensor == "x" else "float32" for tensor in call.tensors}
+        assert keys_of(call, "nvidia")
+    sides = {shapes(call)["x"][-1] for call in found}
+    assert sides == ({28, 14} if name == "papers" else {14})
+    assert calls.preset(name, [dtype, "float64"])[: len(calls.preset(name, [dtype]))] == calls.preset(name, [dtype])
 
 
 # --- what tune refuses ----------------------------------------------------------------------------------------------
@@ -342,7 +577,8 @@ def test_no_device_to_tune_on(tmp_path: Path, device: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"ops": ["bilinear"]}, ValueError),
+        ({"ops": ["trilinear"]}, ValueError),
+        ({"ops": ["bilinear", "bilinear_transform"]}, ValueError),
         ({"ops": []}, ValueError),
         ({"dtypes": ("int64",)}, ValueError),
         ({"dtypes": ()}, ValueError),
@@ -472,6 +708,72 @@ def test_recording_through_layers() -> None:
     assert all(call.backward for call in recorded)
 
 
+@pytest.mark.parametrize("dimensions", [3, 2])
+@pytest.mark.parametrize("train", [True, False])
+def test_recording_a_block_of_transforms(dimensions: int, train: bool) -> None:
+    """Its one call: of fewer channels, of maps that are multiples of their cells."""
+    options: dict[str, Any] = {"window": 3, "groups": 2, "dimensions": dimensions}
+    block = dt.layers.BATBlock(8, **options, **({"temporal_window": 2} if dimensions == 3 else {})).train(train)
+    x = torch.randn(2, 8, 4, 6, 9) if dimensions == 3 else torch.randn(2, 8, 6, 9)
+    with tuning.recording() as recorded:
+        y = block(x)
+        if train:
+            y.sum().backward()
+        with torch.no_grad():
+            block(x)
+    frames = 4 if dimensions == 3 else 1
+    expected = {"x": (2, 4, frames, 6, 9), "p": (2, 2, frames, 3, 3), "q": (2, 2, frames, 3, 3)}
+    if dimensions == 3:
+        expected["t"] = (2, 1, 2, 2)
+    assert [call.op for call in recorded] == ["bilinear_transform"] * 2
+    assert [shapes(call) for call in recorded] == [expected] * 2
+    assert [call.backward for call in recorded] == [True, False]
+    assert all(call.options == {} for call in recorded)
+    assert all(calls.checked(json.loads(json.dumps(call._asdict()))) == call for call in recorded)
+    assert {key.op for call in recorded for key in keys_of(call, "nvidia")} == {"bilinear"}
+
+
+def test_what_a_transform_is_recorded_as() -> None:
+    """With x as it is computed with, and the layout that it has."""
+    x, p, q = torch.randn(1, 4, 2, 4, 6), torch.randn(1, 2, 2, 2, 2), torch.randn(1, 1, 2, 3, 3)
+    t = torch.randn(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="q"), tuning.recording() as failed:
+        dt.ops.bilinear_transform(x, p, q, t)  # refused, hence no call
+    q = torch.randn(1, 2, 2, 3, 3)
+    with tuning.recording() as recorded:
+        dt.ops.bilinear_transform(x.to(memory_format=torch.channels_last_3d), p, q, t.requires_grad_())
+        dt.ops.bilinear_transform(x, p.bfloat16().float(), q)
+        dt.ops.bilinear_transform(x, p, q, None)  # twice the same is once
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            dt.ops.bilinear_transform(x, p.requires_grad_(), q.requires_grad_(), t)
+        dt.ops.bilinear_transform(x[:0], p[:0], q[:0])
+    assert failed == []
+    last, plain, low = recorded
+    assert last.tensors["x"] == spec(1, 4, 2, 4, 6, layout="channels_last")
+    assert [last.tensors[name] for name in "pqt"] == [spec(1, 2, 2, 2, 2), spec(1, 2, 2, 3, 3), spec(1, 1, 2, 2)]
+    assert plain.tensors == {"x": spec(1, 4, 2, 4, 6), "p": spec(1, 2, 2, 2, 2), "q": spec(1, 2, 2, 3, 3)}
+    assert low.tensors["x"] == spec(1, 4, 2, 4, 6, dtype="bfloat16")
+    assert low.tensors["p"]["dtype"] == "float32"
+    assert [call.backward for call in recorded] == [["t"], False, ["p", "q", "t"]]
+
+
+@pytest.mark.parametrize("most", [None, 1, 2, 8])
+@pytest.mark.parametrize("call", [TRANSFORM, SPACE, LARGE, *calls.preset("papers", ["bfloat16"])[-4:]], ids=str)
+def test_case_of_a_transform(call: TunedCall, most: int | None) -> None:
+    """The same tensors, of at most so many clips."""
+    last = call._replace(tensors={**call.tensors, "x": {**call.tensors["x"], "layout": "channels_last"}})
+    for some in (call, last):
+        case = case_of(some, most)
+        given = case.call().tensors
+        assert list(given) == list(some.tensors)
+        for name, tensor in given.items():
+            said = some.tensors[name]
+            clips = said["shape"][0] if most is None else min(said["shape"][0], most)
+            assert tuple(tensor.shape) == (clips, *said["shape"][1:]), name
+            assert str(tensor.dtype) == f"torch.{said['dtype']}"
+        assert given["x"].layout == ("channels_last_3d" if some is last else "aligned")
+
+
 def test_recordings_nest_and_end() -> None:
     x, regions = torch.randn(1, 3, 4, 5), torch.rand(1, 2, 4) + 1
     with tuning.recording() as outer:
@@ -498,10 +800,25 @@ def test_what_was_recorded_can_be_tuned(tmp_path: Path, gpu: Gpu) -> None:
     assert set(files.read(tmp_path / "a.json", gpu)) == {launch.key for launch in launches}
 
 
+@pytest.mark.kernels
+def test_a_recorded_block_can_be_tuned(tmp_path: Path, gpu: Gpu) -> None:
+    """Exactly the kernels that it launches, under exactly their keys."""
+    block = dt.layers.BATBlock(4, window=2, temporal_window=2, groups=1).to(DEVICE)
+    launches: list[Launch] = []
+    with tuning.recording() as recorded, watched(lambda launch, _: launches.append(launch)), dt.backend("triton"):
+        block(torch.randn(1, 4, 2, 2, 4, device=DEVICE)).sum().backward()
+    with mock.patch.object(KernelJob, "neighbours", return_value=()):
+        tuning.tune(recorded, path=tmp_path / "a.json", device=DEVICE, timer=timer())
+    assert set(files.read(tmp_path / "a.json", gpu)) == {launch.key for launch in launches}
+
+
 WANTED = [
     (POOL, ["x"]), (POOL, ["regions"]), (POOL, ["x", "regions"]), (POOL, []), (REMAP, ["nodes"]), (REMAP, ["regions"]),
     (REMAP, ["nodes", "regions"]), (KERNEL, ["regions"]), (ATTEND, ["q"]), (ATTEND, ["k"]), (ATTEND, ["v", "p1"]),
     (ATTEND, ["h1"]), (ATTEND, ["g"]), (ATTEND, list(RSA_SHAPES)),
+    *[(TRANSFORM, list(names)) for n in range(5) for names in itertools.combinations("xpqt", n)],
+    *[(SPACE, list(names)) for n in range(4) for names in itertools.combinations("xpq", n)],
+    *[(LARGE, names) for names in ([], ["t"], ["p"], ["x", "t"], ["x", "p", "q", "t"])],
 ]  # fmt: skip
 
 
@@ -533,6 +850,23 @@ def test_the_keys_of_a_call_are_what_it_launches(call: TunedCall, wanted: list[s
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("wanted", [list(w) for n in range(5) for w in itertools.combinations("xpqt", n)], ids="+".join)
+@pytest.mark.parametrize("kinds", [("forward_mixed",), ("backward_mixed",), ("forward_mixed", "backward_mixed")])
+def test_the_keys_of_a_transform_in_passes(kinds: tuple[str, ...], wanted: list[str]) -> None:
+    """Where the heuristic mixes frames in passes, in the forward, in the backward or in both."""
+    launches: list[Launch] = []
+    with passes_by_default(*kinds):
+        call = TRANSFORM._replace(backward=wanted or False)
+        with watched(lambda launch, _: launches.append(launch)), dt.backend("triton"):
+            Running(call, DEVICE)()
+        assert set(keys_of(call, family(DEVICE))) == {launch.key for launch in launches}
+    assert len(keys_of(call, family(DEVICE))) == 1 + bool(wanted)
+    seen = {launch.key.kind for launch in launches}
+    assert ("mix" in seen) == ("forward_mixed" in kinds)
+    assert ("mix_backward" in seen) == ("backward_mixed" in kinds and bool(wanted))
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("wanted", [["x"], ["regions"]], ids="+".join)
 def test_what_runs_without_a_gradient_is_checked_too(tmp_path: Path, gpu: Gpu, wanted: list[str]) -> None:
     kind = "scatter" if wanted == ["x"] else "gather_moments"
@@ -556,13 +890,15 @@ def test_what_runs_without_a_gradient_is_checked_too(tmp_path: Path, gpu: Gpu, w
 
 def test_calls_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "calls.json"
-    some = [POOL, REMAP, KERNEL, ATTEND, POOL._replace(backward=False)]
+    some = [POOL, REMAP, KERNEL, ATTEND, TRANSFORM, SPACE._replace(backward=["q"]), POOL._replace(backward=False)]
     calls.save(path, some)
     assert calls.load(path) == some
     assert isinstance(json.loads(path.read_text()), list)
     with tuning.recording() as recorded:
         dt.ops.region_pool(torch.randn(2, 3, 4, 5), torch.rand(2, 6, 4))
         dt.layers.RSA(8, num_queries=2, kernel_size=(1, 3, 3))(torch.randn(1, 8, 2, 3, 3))
+        dt.layers.BATBlock(8, window=3, temporal_window=2, groups=2)(torch.randn(2, 8, 3, 7, 4))
+    assert [call.op for call in recorded] == ["region_pool", "relational_attention", "bilinear_transform"]
     calls.save(path, recorded)
     assert calls.load(path) == recorded
 
@@ -603,6 +939,25 @@ BAD_CALLS: dict[str, Any] = {
     "a key without weights": [
         {**ATTEND._asdict(), "tensors": {name: t for name, t in ATTEND.tensors.items() if name != "h1"}}
     ],
+    "a transform without q": [
+        {**TRANSFORM._asdict(), "tensors": {name: t for name, t in TRANSFORM.tensors.items() if name != "q"}}
+    ],
+    "a transform with an option": [{**TRANSFORM._asdict(), "options": {"eps": 1e-6}}],
+    "a transform with regions": [{**TRANSFORM._asdict(), "tensors": {**TRANSFORM.tensors, "regions": spec(1, 2, 4)}}],
+    "a transform by no squares": [{**TRANSFORM._asdict(), "tensors": {**TRANSFORM.tensors, "p": spec(1, 2, 2, 2, 1)}}],
+    "a transform of a part of a cell": [
+        {**TRANSFORM._asdict(), "tensors": {**TRANSFORM.tensors, "q": spec(1, 2, 2, 3, 3)}}
+    ],
+    "a transform of other frames": [
+        {**TRANSFORM._asdict(), "tensors": {**TRANSFORM.tensors, "p": spec(1, 2, 1, 2, 2)}}
+    ],
+    "a transform of groups that do not divide": [
+        {**TRANSFORM._asdict(), "tensors": {**TRANSFORM.tensors, "t": spec(1, 3, 2, 2)}}
+    ],
+    "a transform by another dtype": [
+        {**TRANSFORM._asdict(), "tensors": {**TRANSFORM.tensors, "t": spec(1, 1, 2, 2, dtype="bfloat16")}}
+    ],
+    "a gradient of what is not there": [{**SPACE._asdict(), "backward": ["t"]}],
     "a negative eps": [{**ATTEND._asdict(), "options": {"eps": -1.0}}],
 }
 
@@ -642,6 +997,9 @@ def plain():
 
 def broken():
     raise OSError("no weights here")
+
+def transform():
+    return dt.layers.BATBlock(8, window=3, temporal_window=2, groups=2)
 
 instance = dt.layers.RSA(8, num_queries=2, kernel_size=(1, 3, 3))
 """
@@ -708,9 +1066,9 @@ def test_options_are_passed_on(asked: Asked, tmp_path: Path) -> None:
     assert not asked.get("again")
     assert asked.get("shapes", "papers") == "papers"
     out = str(tmp_path / "b.json")
-    arguments = ["--ops", "region", "relational", "--shapes", "quick", "--dtype", "float16", "--out", out, "--again"]
+    arguments = ["--ops", "region", "bilinear", "--shapes", "quick", "--dtype", "float16", "--out", out, "--again"]
     assert tune(*arguments, *HERE) == 0
-    assert list(asked["ops"]) == ["region", "relational"]
+    assert list(asked["ops"]) == ["region", "bilinear"]
     assert asked["shapes"] == "quick"
     assert list(asked["dtypes"]) == ["float16"]
     assert str(asked["path"]) == out
@@ -726,6 +1084,28 @@ def test_from_a_factory(asked: Asked) -> None:
     pool = next(call for call in asked["calls"] if call.op == "region_pool")
     assert shapes(pool) == {"x": (2, 3, 8, 5, 6), "regions": (2, 3, 2, 4)}
     assert all(call.backward for call in asked["calls"])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("op", ROOMS)
+def test_each_op_by_its_name(asked: Asked, op: str) -> None:
+    assert tune("--ops", op, *HERE) == 0
+    assert list(asked["ops"]) == [op]
+
+
+@pytest.mark.kernels
+@pytest.mark.usefixtures("models")
+def test_from_a_factory_of_transforms(asked: Asked) -> None:
+    """In each dtype; what it makes of the map is what is tuned for."""
+    arguments = ["--from", "our_models:transform", "--example", "2,8,4,7,6", "--dtype", "bfloat16", "float32"]
+    assert tune(*arguments, *HERE) == 0
+    assert [call.op for call in asked["calls"]] == ["bilinear_transform"] * 2
+    assert {call.tensors["x"]["dtype"] for call in asked["calls"]} == {"bfloat16", "float32"}
+    for call in asked["calls"]:
+        assert shapes(call) == {
+            "x": (2, 4, 4, 8, 6), "p": (2, 2, 4, 4, 4), "q": (2, 2, 4, 3, 3), "t": (2, 1, 2, 2),
+        }  # fmt: skip
+        assert call.backward is True
 
 
 @pytest.mark.kernels
@@ -767,7 +1147,8 @@ def test_from_what_cannot_be_tuned(
         (["--budget", "soon"], "soon"),
         (["--budget", "nan"], "nan"),
         (["--budget", ""], "--budget"),
-        (["--ops", "bilinear"], "bilinear"),
+        (["--ops", "trilinear"], "trilinear"),
+        (["--ops", "bilinear", "trilinear"], "trilinear"),
         (["--dtype", "int64"], "int64"),
         (["--device", "abacus"], "abacus"),
         (["--show", "--target", "sm_12"], "sm_12"),
@@ -822,8 +1203,23 @@ def test_show_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
         listed[target] = re.sub("(?m)^#.*$", "", capsys.readouterr().out)
         assert "region.gather" in listed[target]
         assert "relational.forward" in listed[target]
+        assert "bilinear.forward" in listed[target]
         assert "heuristic" in listed[target]
     assert listed["sm_90"] != listed["gfx942"]
+
+
+@pytest.mark.parametrize("op", ROOMS)
+def test_show_one_op(capsys: pytest.CaptureFixture[str], op: str) -> None:
+    """Nothing but its kernels, each with every field of its config."""
+    assert tune("--show", "--shapes", "quick", "--target", "sm_90", "--ops", op) == 0
+    out = capsys.readouterr().out
+    keys = [Key.parse(line) for line in out.splitlines() if re.match(r"\w+\.\w+ ", line)]
+    assert keys
+    assert {key.op for key in keys} == {op}
+    assert len(set(keys)) == len(keys)
+    if op == "bilinear":
+        assert {"forward", "backward"} <= {key.kind for key in keys}
+        assert out.count("joint=") == out.count("fused=") == out.count("steps=") == len(keys)
 
 
 @pytest.mark.kernels

@@ -20,13 +20,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support import DEVICE, assert_close, settings
 from tuning_cases import (
+    BILINEAR_KINDS,
     BROKEN,
     GPU,
     REGION_KINDS,
     RELATIONAL_KINDS,
     about_equal,
+    bat_key,
     collected,
     config,
+    config_of,
     entry,
     key,
     process,
@@ -39,8 +42,9 @@ import dyreg_triton as dt
 from dyreg_triton import tuning
 from dyreg_triton.gpu import Gpu, family, gpu_of
 from dyreg_triton.launch import watched
-from dyreg_triton.tuning import Config, Key, RelationalConfig, files
+from dyreg_triton.tuning import BilinearConfig, Config, Key, RelationalConfig, files
 from dyreg_triton.tuning.files import user_file
+from dyreg_triton.tuning.keys import KINDS
 from dyreg_triton.tuning.rooms import ROOMS
 
 ITEMSIZE = {"16-bit": 2, "float32": 4, "tf32": 4, "float64": 8}
@@ -136,6 +140,17 @@ def test_heuristic_of_relational(kind: str, element: str) -> None:
     assert tuning.config(some, tensor(element)) == expected
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", BILINEAR_KINDS)
+@pytest.mark.parametrize("element", DTYPE)
+def test_heuristic_of_bilinear(kind: str, element: str) -> None:
+    sizes = (2, 24, 6, 15, 28), 4, (5, 7), 3, 2
+    some = bat_key(2, 24, 6, (15, 28), 4, (5, 7), 3, 2, kind)._replace(element=element)
+    expected = tuning.bilinear(kind, *sizes, ITEMSIZE[element], family(DEVICE))
+    assert tuning.origin(some, DEVICE) == (expected, "heuristic", None, None, None)
+    assert tuning.config(some, tensor(element)) == expected
+
+
 ORDER = [
     # which file holds the very key (e), or one near to it (n); which is taken
     ("e", "e", "e", "explicit", "e"),
@@ -194,6 +209,8 @@ def nearest(asked: Key, held: list[Key]) -> Key | None:
         """L, which decides the order of evaluation, and C, D, E, F as the kernels pad them."""
         if some.op == "region":
             return []
+        if some.op == "bilinear":  # Sh, Sw and Ts
+            return [1 << (some.sizes[i] - 1).bit_length() for i in (6, 7, 9)]
         return [
             max(least, 1 << (n - 1).bit_length()) for least, n in zip((1, 8, 16, 8, 16), some.sizes[4:9], strict=True)
         ]
@@ -260,6 +277,20 @@ NEAREST: dict[str, tuple[Key, list[Key], Key | None]] = {
         [rsa_key(64, window=(5, 7, 7)), rsa_key(8, window=(1, 3, 3))],
         rsa_key(64, window=(5, 7, 7)),
     ),
+    "another op for bilinear": (bat_key(), [key(), rsa_key()], None),
+    "another op than bilinear": (rsa_key(kind="forward"), [bat_key(kind="forward")], None),
+    "another bilinear kind": (bat_key(), [bat_key(kind="forward"), bat_key(kind="backward_mixed")], None),
+    "another bilinear element": (bat_key(), [bat_key()._replace(element="float32")], None),
+    "a map of half the side": (bat_key(), [bat_key(size=(56, 56)), bat_key(size=(14, 28))], bat_key(size=(14, 28))),
+    "cells of the same padding": (bat_key(cells=(7, 7)), [bat_key(cells=(8, 5))], bat_key(cells=(8, 5))),
+    "rows of another padding": (bat_key(cells=(8, 8)), [bat_key(cells=(4, 8)), bat_key(cells=(9, 8))], None),
+    "columns of another padding": (bat_key(cells=(8, 8)), [bat_key(cells=(8, 4)), bat_key(cells=(8, 16))], None),
+    "rows are not columns": (bat_key(cells=(4, 8)), [bat_key(cells=(8, 4))], None),
+    "frames mixed, of the same padding": (bat_key(ts=3), [bat_key(ts=4), bat_key(ts=2)], bat_key(ts=4)),
+    "frames mixed, of another padding": (bat_key(ts=4), [bat_key(ts=5), bat_key(ts=2)], None),
+    "any groups": (bat_key(groups=8), [bat_key(groups=1), bat_key(groups=32)], bat_key(groups=32)),
+    "any mixes": (bat_key(mixes=2), [bat_key(mixes=16), bat_key(mixes=1)], bat_key(mixes=1)),
+    "frames are not what is mixed": (bat_key(frames=8), [bat_key(frames=64)], bat_key(frames=64)),
     "nothing at all": (key(), [], None),
 }
 # fmt: on
@@ -270,7 +301,7 @@ NEAREST: dict[str, tuple[Key, list[Key], Key | None]] = {
 def test_nearest(gpu: Gpu, case: str) -> None:
     asked, held, expected = NEAREST[case]
     assert nearest(asked, held) == expected, "the table itself is wrong"
-    written(user_file(gpu), {k: config() if k.op == "region" else RelationalConfig() for k in held}, gpu)
+    written(user_file(gpu), {k: config_of(k.op) for k in held}, gpu)
     origin = tuning.origin(asked, DEVICE)
     assert origin.key == expected
     assert origin.source == ("heuristic" if expected is None else "user")
@@ -293,7 +324,14 @@ some_rsa = st.builds(
         power, power, power, power, st.sampled_from([4, 8]), *[st.sampled_from([16, 32])] * 4, power, power, power
     ),
 )
-some_keys = st.one_of(some_region, some_rsa)
+some_bat = st.builds(
+    Key,
+    st.just("bilinear"),
+    st.sampled_from(["backward_mixed", "mix"]),
+    st.just("16-bit"),
+    st.tuples(*[power] * 5, st.sampled_from([1, 8]), *[st.sampled_from([4, 8])] * 2, power, st.sampled_from([2, 4])),
+)
+some_keys = st.one_of(some_region, some_rsa, some_bat)
 
 
 @pytest.mark.kernels
@@ -305,8 +343,7 @@ def test_nearest_as_by_brute_force(asked: Key, explicit: list[Key], user: list[K
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"XDG_CACHE_HOME": folder}):
         for name, keys in (("explicit", explicit), ("user", user)):
             path = Path(folder) / "mine.json" if name == "explicit" else user_file(gpu)
-            chosen = {k: config() if k.op == "region" else RelationalConfig() for k in keys}
-            held[name] = written(path, chosen, gpu)
+            held[name] = written(path, {k: config_of(k.op) for k in keys}, gpu)
         tuning.forget()
         with tuning.use(held["explicit"]):
             origin = tuning.origin(asked, DEVICE)
@@ -348,6 +385,41 @@ def test_a_near_config_is_fitted(gpu: Gpu, kind: str, clips: int, size: tuple[in
         assert found.plane == held.plane
 
 
+NEAR = [
+    # clips, channels, frames and size of the problem, groups of p and q, and of t; columns of a tile that the file has
+    (8, 256, 4, (28, 28), 8, 4, 64), (1, 8, 4, (7, 7), 8, 4, 64), (1, 12, 8, (7, 14), 4, 6, 16),
+    (2, 64, 4, (14, 14), 1, 1, 1), (1, 1, 4, (7, 7), 1, 1, 4096),
+]  # fmt: skip
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", BILINEAR_KINDS)
+@pytest.mark.parametrize("problem", NEAR, ids=str)
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_near_config_of_a_transform_is_fitted(gpu: Gpu, kind: str, problem: tuple, joint: bool) -> None:
+    clips, channels, frames, size, groups, mixes, block_n = problem
+    if joint or kind.startswith("mix"):
+        block_n = max(block_n, 16)
+    cells, ts = ((1, 1), 4) if kind.startswith("mix") else ((7, 7), 4 if kind.endswith("mixed") else 1)
+    groups, mixes = {"mix": (mixes, mixes), "mix_backward": (mixes, mixes)}.get(kind, (groups, mixes if ts > 1 else 1))
+    held = BilinearConfig(block_n, 64, joint, fused=not joint, num_warps=2, num_stages=3)
+    far = bat_key(16, 512, 16, (112, 112), 4, cells, 1, ts, kind)
+    written(user_file(gpu), {far: held}, gpu)
+    asked = bat_key(clips, channels, frames, size, groups, cells, mixes, ts, kind)
+    origin = tuning.origin(asked, DEVICE)
+    assert (origin.source, origin.key) == ("user", far)
+    assert origin.entry.config == held  # as the file says
+    found = origin.config
+    unit = math.gcd(channels // groups, channels // mixes)
+    columns = unit * math.prod(side // n for side, n in zip(size, cells, strict=True))
+    least = 16 if joint or kind.startswith("mix") else 1
+    assert found.block_n == min(block_n, max(least, 1 << (columns - 1).bit_length()))
+    # how many tiles a program takes follows from the sizes, not from what was measured on others
+    default = ROOMS["bilinear"].default(asked, family(DEVICE))
+    assert found.steps == min(default.steps, -(-columns // found.block_n))
+    assert dataclasses.replace(found, block_n=block_n, steps=64) == held
+
+
 @pytest.mark.kernels
 def test_a_near_key_that_kept_its_default_says_to_keep_it(gpu: Gpu) -> None:
     """Its own config was good for its sizes; what these sizes would have by themselves is the like of it."""
@@ -364,6 +436,10 @@ def test_an_exact_config_is_not_fitted(gpu: Gpu) -> None:
     held = RelationalConfig(plane=(2, 2), splits=3, clips=2)
     written(user_file(gpu), {rsa_key(): held}, gpu)
     assert looked_up(rsa_key()) == (held, "user")
+    other = BilinearConfig(2048, 1000, joint=False, fused=False)
+    written(user_file(gpu), {bat_key(): other}, gpu)
+    tuning.forget()
+    assert looked_up(bat_key()) == (other, "user")
 
 
 @pytest.mark.kernels
@@ -372,7 +448,7 @@ def test_files_are_read_once(gpu: Gpu, tmp_path: Path) -> None:
     path = written(user_file(gpu), {key(): config()}, gpu)
     mine = written(tmp_path / "mine.json", {key(64): config(64)}, gpu)
     with tuning.use(mine):
-        asked = (key(), key(64), key(1), key(kind="dense"), rsa_key())
+        asked = (key(), key(64), key(1), key(kind="dense"), rsa_key(), bat_key())
         before = [looked_up(some) for some in asked]
         opened: list[object] = []
         functions = [(os, n) for n in ("open", "stat", "lstat", "scandir", "listdir")]
@@ -526,13 +602,14 @@ def test_a_refused_use_leaves_the_former(two: tuple[Path, Path], tmp_path: Path)
 @pytest.mark.parametrize("source", ["explicit", "user", "packaged"])
 def test_what_is_not_usable_is_reported_once(sources: dict[str, Path], gpu: Gpu, source: str, case: str) -> None:
     """And ignored: the next source is asked."""
-    path = written(sources[source], {key(): config(16), rsa_key(): RelationalConfig(block_c=8)}, gpu)
+    others = {rsa_key(): RelationalConfig(block_c=8), bat_key(): BilinearConfig(fused=False)}
+    path = written(sources[source], {key(): config(16), **others}, gpu)
     BROKEN[case](path)
     if source == "explicit":
         written(sources["user"], {key(): config(64)}, gpu)
     with tuning.use(path if source == "explicit" else None), collected() as reports:
         found = [looked_up(key()) for _ in range(3)]
-        origin = tuning.origin(rsa_key(), DEVICE)
+        origins = [tuning.origin(other, DEVICE).source for other in others]
         tuning.forget()
         found.append(looked_up(key()))
         looked_up(key(kind="dense"))
@@ -547,7 +624,7 @@ def test_what_is_not_usable_is_reported_once(sources: dict[str, Path], gpu: Gpu,
         assert found == [(config(64), "user")] * 4
     else:
         assert {where for _, where in found} == {"heuristic"}
-    assert origin.source == (source if case == "changed kernels" else "heuristic")
+    assert origins == [source if case == "changed kernels" else "heuristic"] * 2
 
 
 @pytest.mark.kernels
@@ -655,19 +732,78 @@ def test_an_op_asks_the_files(gpu: Gpu, tmp_path: Path) -> None:
     assert launched() == (16, 16, 32, 8)
 
 
+def transformed(launches: list[Any]) -> list[Any]:
+    """Launches of a transform of a clip of two frames of 2 x 2 cells, forward and backward, whose results are right."""
+    shapes = {"x": (1, 4, 2, 2, 4), "p": (1, 2, 2, 2, 2), "q": (1, 2, 2, 2, 2), "t": (1, 1, 2, 2)}
+    leaves = {name: torch.randn(shape).to(DEVICE).requires_grad_() for name, shape in shapes.items()}
+    del launches[:]
+    with dt.backend("triton"), watched(lambda launch, _: launches.append(launch)):
+        y = dt.ops.bilinear_transform(**leaves)
+        y.square().sum().backward()
+    wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    expected = dt.reference.bilinear_transform(**wide)
+    expected.square().sum().backward()
+    assert_close(y.detach(), expected.detach(), tolerance=1e-5)
+    for name, t in leaves.items():
+        assert_close(t.grad, wide[name].grad, name, tolerance=1e-5)
+    return launches
+
+
+def transform_keys() -> dict[str, Key]:
+    """Of the above, by kind, in one pass and in passes."""
+    shape, x = (1, 4, 2, 2, 4), torch.empty(0)
+    sizes = {
+        "forward": (2, (2, 2), 1, 1), "backward": (2, (2, 2), 1, 1), "forward_mixed": (2, (2, 2), 1, 2),
+        "backward_mixed": (2, (2, 2), 1, 2), "mix": (1, (1, 1), 1, 2), "mix_backward": (1, (1, 1), 1, 2),
+    }  # fmt: skip
+    return {kind: tuning.bilinear_key(kind, shape, *rest, x) for kind, rest in sizes.items()}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("forward", [True, False], ids=["forward in one", "forward in passes"])
+@pytest.mark.parametrize("backward", [True, False], ids=["backward in one", "backward in passes"])
+def test_a_transform_asks_the_files(gpu: Gpu, tmp_path: Path, forward: bool, backward: bool) -> None:
+    """Whether frames are mixed in the same pass, and how large the tiles of each pass are."""
+    keys, launches = transform_keys(), []
+    chosen = {
+        "forward_mixed": BilinearConfig(32, 1, joint=True, fused=forward, num_warps=8),
+        "backward_mixed": BilinearConfig(2, 1, joint=False, fused=backward, num_warps=2),
+        "forward": BilinearConfig(1, 3, joint=False), "backward": BilinearConfig(16, 2), "mix": BilinearConfig(64),
+        "mix_backward": BilinearConfig(16, num_stages=1),
+    }  # fmt: skip
+    first = written(tmp_path / "a.json", {keys[kind]: said for kind, said in chosen.items()}, gpu)
+    kinds = ["forward_mixed"] if forward else ["forward", "mix"]
+    kinds += ["backward_mixed"] if backward else ["forward", "mix_backward", "backward"]
+    for _ in range(2):
+        with tuning.use(first):
+            found = transformed(launches)
+            assert [launch.key for launch in found] == [keys[kind] for kind in kinds]
+            for launch in found:
+                said, constants = chosen[launch.key.kind], launch.constants
+                assert (constants["BLOCK_N"], constants["num_warps"], constants["num_stages"]) == (
+                    said.block_n, said.num_warps, said.num_stages,
+                )  # fmt: skip
+                if not launch.key.kind.startswith("mix"):
+                    assert constants["JOINT"] == said.joint
+        for launch in transformed(launches):
+            config = ROOMS["bilinear"].default(launch.key, family(DEVICE))
+            assert launch.constants["BLOCK_N"] == config.block_n
+
+
 class OutOfResources(Exception):
     """Named as Triton's, for a kernel that needs more than the GPU has."""
 
 
 class Scarce:
-    """A kernel on a GPU where a program can have no more than so many channels."""
+    """A kernel on a GPU where a program can have no more than so many channels, or of another block."""
 
-    def __init__(self, kernel: Any, most: int):
+    def __init__(self, kernel: Any, most: int, block: str = "BLOCK_C"):
         self.kernel, self.most, self.arg_names, self.refused = kernel, most, kernel.arg_names, 0
+        self.block = block
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def run(*args: Any, **constants: Any) -> Any:
-            if constants["BLOCK_C"] > self.most:
+            if constants[self.block] > self.most:
                 self.refused += 1
                 raise OutOfResources("shared memory")
             return self.kernel[grid](*args, **constants)
@@ -710,6 +846,38 @@ def test_a_config_that_does_not_fit_is_out_of_use(gpu: Gpu, near: bool) -> None:
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("near", [False, True], ids=["exact", "nearest"])
+@pytest.mark.parametrize("kind", BILINEAR_KINDS)
+def test_a_pass_that_does_not_fit_is_out_of_use(gpu: Gpu, kind: str, near: bool) -> None:
+    """Of a transform: that kernel has the heuristic's config from then on, and the results are right all along."""
+    from dyreg_triton.kernels import bilinear
+
+    keys, launches = transform_keys(), []
+    some = keys[kind]
+    held = some._replace(sizes=(1, 600, *some.sizes[2:])) if near else some
+    entries = {held: BilinearConfig(num_warps=32)}
+    if not kind.endswith("mixed"):
+        entries |= dict.fromkeys((keys["forward_mixed"], keys["backward_mixed"]), BilinearConfig(fused=False))
+    path = written(user_file(gpu), entries, gpu)
+    name = "bilinear_mix" if kind.startswith("mix") else f"bilinear_{kind.removesuffix('_mixed')}"
+    default = ROOMS["bilinear"].default(some, family(DEVICE))
+    scarce = Scarce(getattr(bilinear, name), 16, "num_warps")
+    with mock.patch.object(bilinear, name, scarce), collected() as reports:
+        for _ in range(2):
+            found = [launch for launch in transformed(launches) if launch.key == some]
+            assert found[-1].constants["num_warps"] == default.num_warps
+            assert found[-1].constants["BLOCK_N"] == default.block_n
+        assert scarce.refused == 1
+        assert tuning.config(some, torch.empty(0, device=DEVICE)) == default
+        tuning.forget()
+        transformed(launches)
+        assert scarce.refused == 2
+    assert len(reports) == 1
+    assert str(path) in reports[0]
+    assert str(some) in reports[0]
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("file", [False, True])
 def test_a_heuristic_that_does_not_fit_is_an_error(gpu: Gpu, file: bool) -> None:
     from dyreg_triton.kernels import region
@@ -723,6 +891,202 @@ def test_a_heuristic_that_does_not_fit_is_an_error(gpu: Gpu, file: bool) -> None
     with here, collected(), dt.backend("triton"), pytest.raises(OutOfResources):
         dt.ops.region_pool(x, regions)
     assert scarce.refused == 1 + file
+
+
+# --- rooms: what is tried next, and what is taken over ---------------------------------------------------------------
+
+FAMILIES = ("nvidia", "blackwell", "amd", "interpreted")
+few = st.integers(1, 6)
+
+
+@st.composite
+def transforms(draw: st.DrawFn) -> Key:
+    """Keys that calls of the bilinear transform have."""
+    kind = draw(st.sampled_from(BILINEAR_KINDS))
+    groups, mixes, ts = draw(few), draw(few), draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16, 33, 64]))
+    cells = draw(
+        st.sampled_from([(1, 1), (2, 2), (3, 5), (7, 7), (8, 8), (8, 9), (5, 31), (16, 16), (33, 40), (64, 64)])
+    )
+    if kind in ("forward", "backward"):
+        mixes = ts = 1
+    if kind.startswith("mix"):
+        groups, cells = mixes, (1, 1)
+    size = [n * draw(st.integers(1, 9)) for n in cells]
+    channels = math.lcm(groups, mixes) * draw(st.sampled_from([1, 2, 3, 16, 64]))
+    element = draw(st.sampled_from(["16-bit", "float32", "tf32"]))
+    clips, frames = draw(st.sampled_from([1, 2, 8, 64])), ts * draw(st.integers(1, 4))
+    return Key("bilinear", kind, element, (clips, channels, frames, *size, groups, *cells, mixes, ts))
+
+
+regions = st.builds(
+    Key, st.just("region"), st.sampled_from(REGION_KINDS), st.sampled_from(["16-bit", "float32"]),
+    st.tuples(st.integers(1, 500), st.integers(1, 100), st.integers(1, 3000), st.integers(1, 4000)),
+)  # fmt: skip
+attentions = st.builds(
+    Key, st.just("relational"), st.sampled_from(RELATIONAL_KINDS), st.sampled_from(["16-bit", "float32"]),
+    st.tuples(
+        few, few, *[st.integers(1, 60)] * 2, st.integers(1, 16), *[st.integers(1, 128)] * 4, few, few, few
+    ),
+)  # fmt: skip
+problems = st.one_of(transforms(), regions, attentions)
+
+
+def columns_of(key: Key) -> int:
+    """How many columns a unit of channels has, of a key of the bilinear transform."""
+    _, channels, _, h, w, groups, sh, sw, mixes, _ = key.sizes
+    unit = math.gcd(channels // groups, channels // mixes)
+    return unit * (h * w if key.kind.startswith("mix") else (h // sh) * (w // sw))
+
+
+def assert_launchable(config: BilinearConfig, key: Key) -> None:
+    """Products of tensor cores have sixteen columns or more, and nothing is larger than what there is."""
+    least = 16 if config.joint or key.kind.startswith("mix") else 1
+    columns = columns_of(key)
+    assert least <= config.block_n <= max(least, 1 << (columns - 1).bit_length())
+    assert config.steps <= -(-columns // config.block_n)
+    if not key.kind.endswith("mixed"):
+        assert config.fused
+
+
+@settings(300)
+@given(key=transforms(), family=st.sampled_from(FAMILIES))
+@example(key=bat_key(), family="nvidia")
+@example(key=bat_key(cells=(64, 64), size=(64, 64), ts=1, kind="backward"), family="amd")
+def test_default_of_every_transform(key: Key, family: str) -> None:
+    """It is the heuristic's, of a config that can be launched, and fits itself."""
+    room = ROOMS["bilinear"]
+    clips, channels, t, h, w, groups, sh, sw, mixes, ts = key.sizes
+    found = room.default(key, family)
+    itemsize = ITEMSIZE[key.element]
+    assert found == tuning.bilinear(key.kind, (clips, channels, t, h, w), groups, (sh, sw), mixes, ts, itemsize, family)
+    assert type(found) is BilinearConfig
+    assert_launchable(found, key)
+
+
+@settings(300)
+@given(key=problems, family=st.sampled_from(FAMILIES))
+def test_a_default_is_within_its_sizes(key: Key, family: str) -> None:
+    """So that it is what is launched, and steps begin at a config that they could lead to."""
+    room = ROOMS[key.op]
+    found = room.default(key, family)
+    if key.kind != "pack":  # which has no use for a plane, and lets it be
+        assert room.within(found, key) == found
+        assert room.fitted(found, key, family) == found
+    assert room.launches(key, found)
+
+
+def changes(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """By field, what two configs have where they differ."""
+    return {name: (a, b) for (name, a), b in zip(vars(one).items(), vars(other).values(), strict=True) if a != b}
+
+
+def is_step(name: str, a: Any, b: Any) -> bool:
+    """Whether a field that was a and is b has gone one step."""
+    if name in ("order", "registers") or isinstance(a, bool):
+        return type(a) is type(b) or name == "registers"
+    if name == "num_stages":
+        return abs(a - b) == 1
+    if name == "plane":
+        return {a[0] / b[0], a[1] / b[1]} in ({1, 2}, {1, 0.5})
+    return max(a, b) // 2 == min(a, b)  # twice, or half and rounded down
+
+
+@settings(200)
+@given(key=problems, family=st.sampled_from(FAMILIES), data=st.data())
+def test_steps_are_one_step_away_and_legal(key: Key, family: str, data: st.DataObject) -> None:
+    """From the default, and from there on."""
+    room = ROOMS[key.op]
+    config = room.default(key, family)
+    for _ in range(3):
+        steps = list(room.steps(config, key))
+        assert len(set(steps)) == len(steps)
+        for step in steps:
+            assert type(step) is room.config
+            assert room.within(step, key) == step
+            changed = changes(config, step)
+            assert all(is_step(name, *pair) for name, pair in changed.items()), changed
+            assert len(changed) == 1 or set(changed) == {"block_c", "block_p"}, changed
+            if key.op == "bilinear":
+                assert_launchable(step, key)
+        if not steps:
+            return
+        config = data.draw(st.sampled_from(steps))
+
+
+@pytest.mark.parametrize("element", ["16-bit", "float32"])
+@pytest.mark.parametrize("kind", BILINEAR_KINDS)
+def test_what_a_transform_is_tried_with(kind: str, element: str) -> None:
+    """Each field of which the kernel has a use, and no other."""
+    cells = (1, 1) if kind.startswith("mix") else (7, 7)
+    mixes, ts = (1, 1) if kind in ("forward", "backward") else (4, 4)
+    key = bat_key(8, 256, 4, (28, 28), 4, cells, mixes, ts, kind)._replace(element=element)
+    start = BilinearConfig(32, 2 if ts == 1 else 1)
+    steps = list(ROOMS["bilinear"].steps(start, key))
+    tried = {name for step in steps for name in changes(start, step)}
+    expected = {"block_n", "num_warps", "num_stages"}
+    if not kind.startswith("mix"):
+        expected |= {"joint", "fused" if kind.endswith("mixed") else "steps"}
+    maybe = {"steps"} if kind == "backward_mixed" else set()
+    assert expected <= tried <= expected | maybe
+    assert {step.block_n for step in steps} == {16, 32, 64}
+
+
+def test_small_tiles_are_tried_of_two_products_only() -> None:
+    """One product needs sixteen columns; the other way a tile of fewer has as many rows besides."""
+    key, room = bat_key(kind="forward", mixes=1, ts=1), ROOMS["bilinear"]
+    assert 8 not in {step.block_n for step in room.steps(BilinearConfig(16, joint=True), key)}
+    assert 8 in {step.block_n for step in room.steps(BilinearConfig(16, joint=False), key)}
+    assert False in {step.joint for step in room.steps(BilinearConfig(16, joint=True), key)}
+    assert True in {step.joint for step in room.steps(BilinearConfig(16, joint=False), key)}
+    assert True not in {step.joint for step in room.steps(BilinearConfig(8, joint=False), key)}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_both_ways_of_mixing_are_tried(fused: bool) -> None:
+    for kind in ("forward_mixed", "backward_mixed"):
+        steps = ROOMS["bilinear"].steps(BilinearConfig(16, fused=fused), bat_key(kind=kind))
+        assert (not fused) in {step.fused for step in steps}
+
+
+@settings(200)
+@given(key=transforms(), family=st.sampled_from(FAMILIES), data=st.data())
+def test_whatever_is_taken_over_can_be_launched(key: Key, family: str, data: st.DataObject) -> None:
+    """A config measured on more clips, channels, frames and places is cut to the sizes at hand, and cut once."""
+    room, most = ROOMS["bilinear"], data.draw(st.integers(0, 12))
+    config = data.draw(
+        st.builds(
+            BilinearConfig, st.just(1 << most), st.integers(1, 5000), st.booleans(),
+            st.booleans() if key.kind.endswith("mixed") else st.just(True), st.sampled_from([1, 16]), st.integers(1, 4),
+        )
+    )  # fmt: skip
+    for found in (room.within(config, key), room.fitted(config, key, family)):
+        assert_launchable(found, key)
+        assert room.within(found, key) == found
+        assert set(changes(config, found)) <= {"block_n", "steps"}
+    assert room.fitted(config, key, family).steps <= room.default(key, family).steps
+
+
+LAUNCHES = {
+    "forward_mixed": (("forward_mixed",), ("forward", "mix")),
+    "backward_mixed": (("backward_mixed",), ("mix_backward", "forward", "backward")),
+}
+
+
+@pytest.mark.parametrize("kind", BILINEAR_KINDS)
+def test_which_kernels_stand_for_a_key(kind: str) -> None:
+    """Its own; where frames are mixed in a pass of their own, those of the passes."""
+    in_one, in_passes = LAUNCHES.get(kind, ((kind,), (kind,)))
+    room = ROOMS["bilinear"]
+    assert sorted(room.launches(bat_key(kind=kind), BilinearConfig())) == sorted(in_one)
+    assert sorted(room.launches(bat_key(kind=kind), BilinearConfig(fused=False))) == sorted(in_passes)
+    assert {*in_one, *in_passes} <= set(KINDS["bilinear"])
+
+
+@settings(60)
+@given(key=st.one_of(regions, attentions))
+def test_other_keys_stand_for_themselves(key: Key) -> None:
+    room = ROOMS[key.op]
+    assert room.launches(key, room.default(key, "nvidia")) == (key.kind,)
 
 
 # --- other processes ------------------------------------------------------------------------------------------------
@@ -743,6 +1107,10 @@ with warnings.catch_warnings(record=True) as caught:
             key = tuning.region_key(kind, *sizes, tensor)
             origin = tuning.origin(key, device)
             found[str(key)] = [repr(tuning.config(key, tensor)), origin.source, str(origin.key), str(origin.path)]
+    for clips, cells, kind in itertools.product((1, 8), (2, 7), ("forward_mixed", "backward_mixed", "mix")):
+        key = tuning.bilinear_key(kind, (clips, 96, 4, 28, 28), 4, (cells, cells), 2, 2, tensor)
+        origin = tuning.origin(key, device)
+        found[str(key)] = [repr(tuning.config(key, tensor)), origin.source, str(origin.key), str(origin.path)]
 print(json.dumps({"found": found, "reports": [str(w.message) for w in caught]}))
 """
 
@@ -752,7 +1120,8 @@ print(json.dumps({"found": found, "reports": [str(w.message) for w in caught]}))
 def test_every_process_finds_the_same(gpu: Gpu, tmp_path: Path) -> None:
     """With the same files, whatever the order of its sets; DYREG_TRITON_TUNING names the explicit one."""
     keys = [key(frames, nodes, 600, cells) for frames in (1, 20) for nodes in (4, 17) for cells in (49, 196)]
-    written(user_file(gpu), {k: config(16 << i % 4) for i, k in enumerate(keys[::2])}, gpu)
+    others = {bat_key(2, 96, kind=kind): BilinearConfig(32, fused=False) for kind in ("forward_mixed", "mix")}
+    written(user_file(gpu), {k: config(16 << i % 4) for i, k in enumerate(keys[::2])} | others, gpu)
     mine = written(tmp_path / "mine.json", {k: config(16 << i % 4, 128) for i, k in enumerate(keys[1::2])}, gpu)
     started = [
         process(LOOKUPS, DYREG_TRITON_TUNING=str(mine), PYTHONHASHSEED="1"),

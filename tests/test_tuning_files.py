@@ -20,11 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import settings
 from tuning_cases import (
+    BILINEAR_KINDS,
     BROKEN,
     GPU,
     REGION_KINDS,
     RELATIONAL_KINDS,
     about_equal,
+    bat_key,
     collected,
     config,
     edited,
@@ -44,9 +46,9 @@ from tuning_cases import (
 import dyreg_triton as dt
 from dyreg_triton import tuning
 from dyreg_triton.gpu import Gpu
-from dyreg_triton.tuning import Config, Key, RelationalConfig, files
+from dyreg_triton.tuning import BilinearConfig, Config, Key, RelationalConfig, files
 from dyreg_triton.tuning.files import Entry
-from dyreg_triton.tuning.rooms import kernel_hash
+from dyreg_triton.tuning.rooms import ROOMS, from_json, kernel_hash, to_json
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,9 @@ def test_text_of_a_key() -> None:
     assert str(rsa_key()) == (
         "relational.fold_keys 16-bit clips=8 t=8 h=14 w=14 queries=8 c=16 d=16 e=16 f=16 kt=5 kh=7 kw=7"
     )
+    assert str(bat_key()) == (
+        "bilinear.forward_mixed 16-bit clips=8 channels=256 t=4 h=28 w=28 groups=8 sh=7 sw=7 mixes=4 ts=4"
+    )
 
 
 elements = st.sampled_from(["16-bit", "float32", "tf32", "float64"])
@@ -70,9 +75,11 @@ sizes = st.integers(1, 2**39)
 region_keys = st.builds(Key, st.just("region"), st.sampled_from(REGION_KINDS), elements, st.tuples(*[sizes] * 4))
 rsa_keys = st.builds(Key, st.just("relational"), st.sampled_from(RELATIONAL_KINDS), elements, st.tuples(*[sizes] * 12))
 
+bat_keys = st.builds(Key, st.just("bilinear"), st.sampled_from(BILINEAR_KINDS), elements, st.tuples(*[sizes] * 10))
+
 
 @settings(100)
-@given(st.one_of(region_keys, rsa_keys))
+@given(st.one_of(region_keys, rsa_keys, bat_keys))
 def test_a_key_is_its_text(some: Key) -> None:
     parsed = Key.parse(str(some))
     assert parsed == some
@@ -94,6 +101,11 @@ NONSENSE = {
     "another order": "region.gather 16-bit nodes=16 frames=256 channels=512 cells=196",
     "another name": "region.gather 16-bit frames=256 nodes=16 channels=512 cell=196",
     "another op's sizes": "relational.forward 16-bit frames=256 nodes=16 channels=512 cells=196",
+    "another op's kind": "bilinear.gather 16-bit clips=8 channels=256 t=4 h=28 w=28 groups=8 sh=7 sw=7 mixes=4 ts=4",
+    "the kind of another op": "region.forward_mixed 16-bit frames=256 nodes=16 channels=512 cells=196",
+    "two words": "bilinear.mix mixed 16-bit clips=8 channels=256 t=4 h=28 w=28 groups=8 sh=7 sw=7 mixes=4 ts=4",
+    "no mixes": "bilinear.forward 16-bit clips=8 channels=256 t=4 h=28 w=28 groups=8 sh=7 sw=7 ts=4",
+    "mixes of zero": "bilinear.forward 16-bit clips=8 channels=256 t=4 h=28 w=28 groups=8 sh=7 sw=7 mixes=0 ts=1",
     "zero": "region.gather 16-bit frames=0 nodes=16 channels=512 cells=196",
     "negative": "region.gather 16-bit frames=-4 nodes=16 channels=512 cells=196",
     "a fraction": "region.gather 16-bit frames=256.0 nodes=16 channels=512 cells=196",
@@ -145,6 +157,17 @@ def test_relational_key(kind: str) -> None:
     assert found == Key("relational", kind, "16-bit", (3, 6, 13, 17, 2, 5, 24, 18, 9, 1, 4, 7))
 
 
+@pytest.mark.parametrize("kind", BILINEAR_KINDS)
+def test_bilinear_key(kind: str) -> None:
+    found = tuning.bilinear_key(kind, (3, 24, 6, 35, 18), 8, (5, 9), 4, 2, torch.empty(0, dtype=torch.float16))
+    assert found == Key("bilinear", kind, "16-bit", (3, 24, 6, 35, 18, 8, 5, 9, 4, 2))
+    assert found == tuning.bilinear_key(
+        kind, torch.empty(3, 24, 6, 35, 18, device="meta").shape, 8, (5, 9), 4, 2, torch.empty(0, dtype=torch.bfloat16)
+    )
+    assert Key.parse(str(found)) == found
+    assert all(type(n) is int for n in found.sizes)
+
+
 @pytest.fixture
 def _precision() -> Iterator[None]:
     former = torch.get_float32_matmul_precision()
@@ -171,6 +194,7 @@ def test_element_of_a_key(dtype: torch.dtype, setting: str, element: str) -> Non
     assert tuning.region_key("gather", 1, 1, 1, 1, tensor).element == element
     found = tuning.relational_key("forward", 1, (1, 1, 1), 1, (1, 1, 1, 1), (1, 1, 1), tensor)
     assert found.element == element
+    assert tuning.bilinear_key("mix", (1, 1, 1, 1, 1), 1, (1, 1), 1, 1, tensor).element == element
 
 
 # --- files: what they say -------------------------------------------------------------------------------------------
@@ -181,6 +205,8 @@ SEVERAL = {
     key(kind="scatter"): Entry(config(), 7e-6, config(), 7e-6, True),
     rsa_key(): entry(RelationalConfig(plane=(4, 8), splits=12, clips=4, order="second"), 123.4e-6),
     rsa_key(kind="by_h1"): entry(RelationalConfig(block_m=32, splits=256), 2e-3),
+    bat_key(): entry(BilinearConfig(64, 1, joint=False, fused=False, num_warps=8), 45.6e-6),
+    bat_key(kind="mix"): entry(BilinearConfig(512, num_stages=3), 1e-6, complete=False),
 }
 
 
@@ -195,7 +221,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
     assert set(document["versions"]) == {"dyreg_triton", "torch", "triton"}
     assert document["versions"]["dyreg_triton"] == dt.__version__
     assert document["versions"]["torch"] == torch.__version__
-    assert document["kernels"] == {op: kernel_hash(op) for op in ("region", "relational")}
+    assert document["kernels"] == {op: kernel_hash(op) for op in ("bilinear", "region", "relational")}
     assert set(document["entries"]) == {str(k) for k in SEVERAL}
     said = document["entries"][str(key())]
     assert set(said) == {"config", "us", "default", "default_us", "complete"}
@@ -206,12 +232,20 @@ def test_what_a_file_says(tmp_path: Path) -> None:
     assert said["complete"] is True
     assert document["entries"][str(key(64))]["complete"] is False
     assert document["entries"][str(rsa_key())]["config"]["plane"] == [4, 8]
+    said = document["entries"][str(bat_key())]
+    assert said["config"] == {
+        "block_n": 64, "steps": 1, "joint": False, "fused": False, "num_warps": 8, "num_stages": 2,
+    }  # fmt: skip
+    assert said["default"] == {**said["config"], "num_warps": 2}
     kept = document["entries"][str(key(kind="scatter"))]
     assert (kept["config"], kept["us"]) == (kept["default"], kept["default_us"])
 
     assert list(document["entries"]) == sorted(document["entries"])
-    lines = [line.strip().rstrip(",") for line in text.splitlines() if line.strip().startswith(('"reg', '"rel'))]
+    lines = [
+        line.strip().rstrip(",") for line in text.splitlines() if line.strip().startswith(('"bil', '"reg', '"rel'))
+    ]
     entries = [line for line in lines if "config" in line]
+    assert len(entries) == len(SEVERAL)
     assert [json.loads("{" + line + "}") for line in entries] == [{k: v} for k, v in document["entries"].items()]
     assert text.endswith("\n")
 
@@ -251,10 +285,72 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, seconds: fl
 
 
 def test_kernel_hash_is_of_the_text() -> None:
-    hashes = [kernel_hash(op) for op in ("region", "relational")]
-    assert len(set(hashes)) == 2
+    hashes = [kernel_hash(op) for op in ("region", "relational", "bilinear")]
+    assert len(set(hashes)) == 3
     assert all(isinstance(h, str) and len(h) >= 8 for h in hashes)
-    assert hashes == [kernel_hash(op) for op in ("region", "relational")]
+    assert hashes == [kernel_hash(op) for op in ("region", "relational", "bilinear")]
+
+
+CHANGES = [
+    ("common", {"bilinear", "region", "relational"}), ("bilinear", {"bilinear"}), ("region", {"region"}),
+    ("profiles", {"region"}), ("relational", {"relational"}), ("relational_gradients", {"relational"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "ops"), CHANGES)
+def test_kernel_hash_is_of_every_source_of_the_op(file: str, ops: set[str]) -> None:
+    """A letter more in one file, and the configs of the ops that it belongs to say nothing any more."""
+    before, read = {op: kernel_hash(op) for op in ROOMS}, Path.read_text
+
+    def changed(path: Path, *args: Any, **options: Any) -> str:
+        return read(path, *args, **options) + " " * (path.name == f"{file}.py")
+
+    with mock.patch.object(Path, "read_text", changed):
+        after = {op: kernel_hash.__wrapped__(op) for op in ROOMS}
+    assert {op for op in ROOMS if after[op] != before[op]} == ops
+
+
+# --- configs as JSON ------------------------------------------------------------------------------------------------
+
+bilinear_configs = st.builds(
+    BilinearConfig, st.sampled_from([1, 2, 16, 64, 4096]), st.integers(1, 2**31 - 1), st.booleans(), st.booleans(),
+    st.sampled_from([1, 4, 32]), st.integers(1, 9),
+)  # fmt: skip
+
+
+@settings(60)
+@given(bilinear_configs)
+def test_a_config_is_its_json(some: BilinearConfig) -> None:
+    fields = json.loads(json.dumps(to_json(some)))
+    assert fields == dataclasses.asdict(some)
+    found = from_json("bilinear", fields)
+    assert type(found) is BilinearConfig
+    assert found == some
+    assert all(type(getattr(found, name)) is type(value) for name, value in vars(some).items())
+
+
+@pytest.mark.parametrize("field", ["joint", "fused"])
+@pytest.mark.parametrize("value", [0, 1, 1.0, None, "true", "", [], [True], {}], ids=repr)
+def test_what_is_no_bool_is_no_config(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{field} is .*accepted is bool"):
+        from_json("bilinear", {**to_json(BilinearConfig()), field: value})
+
+
+@pytest.mark.parametrize("field", ["block_n", "steps", "num_warps", "num_stages"])
+@pytest.mark.parametrize("value", [True, False, None, 2.0, "16", [16], 0, -1], ids=repr)
+def test_what_is_no_number_is_no_config(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{field} is "):
+        from_json("bilinear", {**to_json(BilinearConfig()), field: value})
+
+
+def test_fields_of_another_config() -> None:
+    for fields in (to_json(RelationalConfig()), to_json(config()), {}, [], None, {**to_json(BilinearConfig()), "x": 1}):
+        with pytest.raises(ValueError, match="BilinearConfig"):
+            from_json("bilinear", fields)
+    for missing in to_json(BilinearConfig()):
+        fields = {name: value for name, value in to_json(BilinearConfig()).items() if name != missing}
+        with pytest.raises(ValueError, match="BilinearConfig"):
+            from_json("bilinear", fields)
 
 
 # --- files: what is not used ----------------------------------------------------------------------------------------
@@ -268,7 +364,7 @@ def unusable(path: Path, gpu: Gpu = GPU, **options: Any) -> str:
     return str(refusal.value)
 
 
-KEY, RSA_KEY = str(key()), str(rsa_key())
+KEY, RSA_KEY, BAT_KEY = str(key()), str(rsa_key()), str(bat_key())
 CORRUPT = {
     **{f"{name} missing": without(name) for name in ("schema", "gpu", "versions", "kernels", "entries")},
     **{f"{name} is a list": set_in(name)([]) for name in ("gpu", "versions", "kernels", "entries")},
@@ -321,6 +417,21 @@ CORRUPT = {
         }.items()
         for value in values
     },
+    **{
+        f"bilinear: {name} is {value!r}": set_in("entries", BAT_KEY, "config", name)(value)
+        for name, values in {
+            "block_n": (0, 48, "64", 64.0, True, None, 8192),
+            "steps": (0, -1, 1.0, True, None, "1"),
+            "joint": (0, 1, None, "true", []),
+            "fused": (0, 1, None, "false", {}),
+            "num_warps": (0, 6, 64, False),
+            "num_stages": (0, "2", True),
+        }.items()
+        for value in values
+    },
+    "bilinear: a field missing": without("entries", BAT_KEY, "config", "fused"),
+    "bilinear: the default is wrong": set_in("entries", BAT_KEY, "default", "joint")(3),
+    "bilinear: another op's config": set_in("entries", BAT_KEY, "config")(dataclasses.asdict(config())),
 }
 
 
@@ -363,7 +474,7 @@ def test_a_folder_in_its_place(tmp_path: Path) -> None:
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.json", {key(): config(), rsa_key(): RelationalConfig()})
+    path = written(tmp_path / "a.json", {key(): config(), rsa_key(): RelationalConfig(), bat_key(): BilinearConfig()})
     whole = path.read_bytes()
     for length in range(len(whole.rstrip())):
         path.write_bytes(whole[:length])
@@ -373,7 +484,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 
 def test_a_byte_changed_anywhere(tmp_path: Path) -> None:
     """What is still a file is read; nothing else happens but `Unusable`."""
-    path = written(tmp_path / "a.json", {key(): config(), rsa_key(): RelationalConfig()})
+    path = written(tmp_path / "a.json", {key(): config(), rsa_key(): RelationalConfig(), bat_key(): BilinearConfig()})
     whole, generator, refused = path.read_bytes(), random.Random(3), 0
     for place in range(len(whole)):
         changed = bytearray(whole)
@@ -392,20 +503,23 @@ def readable(path: Path) -> bool:
         return False
     for some, said in found.items():
         assert Key.parse(str(some)) == some
-        kind = Config if some.op == "region" else RelationalConfig
+        kind = {"region": Config, "relational": RelationalConfig, "bilinear": BilinearConfig}[some.op]
         assert type(said.config) is type(said.default) is kind
         assert kind(**vars(said.config)) == said.config
         assert isinstance(said.complete, bool)
         assert said.seconds > 0
         assert said.default_seconds > 0
-        numbers = [v for name, v in vars(said.config).items() if name not in ("plane", "order", "registers")]
-        assert all(type(v) is int for v in numbers)
+        others = ("plane", "order", "registers", "joint", "fused")
+        assert all(type(v) is int for name, v in vars(said.config).items() if name not in others)
+        assert all(type(v) is bool for name, v in vars(said.config).items() if name in ("joint", "fused"))
     return True
 
 
 def test_wrong_types_everywhere(tmp_path: Path) -> None:
     """Each value of a file, replaced by each kind of JSON value."""
-    path = written(tmp_path / "a.json", {key(): config(registers=128), rsa_key(): RelationalConfig()})
+    path = written(
+        tmp_path / "a.json", {key(): config(registers=128), rsa_key(): RelationalConfig(), bat_key(): BilinearConfig()}
+    )
     whole = json.loads(path.read_text())
 
     def places(value: Any, where: tuple = ()) -> Iterator[tuple]:
@@ -467,7 +581,7 @@ def test_versions_that_do_not_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packaged", [False, True])
-@pytest.mark.parametrize("op", ["region", "relational"])
+@pytest.mark.parametrize("op", ["region", "relational", "bilinear"])
 def test_an_op_whose_kernels_changed(tmp_path: Path, op: str, packaged: bool) -> None:
     path = edited(written(tmp_path / "a.json", SEVERAL), set_in("kernels", op)("0123456789abcdef"))
     with collected():
@@ -475,16 +589,29 @@ def test_an_op_whose_kernels_changed(tmp_path: Path, op: str, packaged: bool) ->
     assert about_equal(found, {k: e for k, e in SEVERAL.items() if k.op != op})
 
 
-def test_an_op_that_the_file_does_not_know(tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", ["region", "relational", "bilinear"])
+def test_an_op_that_the_file_does_not_know(tmp_path: Path, op: str) -> None:
     """As a file of an earlier release: entries of the others stand."""
     path = written(tmp_path / "a.json", SEVERAL)
-    edited(path, without("kernels", "relational"))
+    edited(path, without("kernels", op))
     with collected():
         try:
             found = files.read(path, GPU)
         except files.Unusable:
             return
-    assert all(k.op == "region" for k in found)
+    assert about_equal(found, {k: e for k, e in SEVERAL.items() if k.op != op})
+
+
+def test_a_file_of_before_an_op(tmp_path: Path) -> None:
+    """As a file of an earlier release, without entries of it: used as it is, and added to."""
+    before = {k: e for k, e in SEVERAL.items() if k.op != "bilinear"}
+    path = edited(written(tmp_path / "a.json", before), without("kernels", "bilinear"))
+    with collected() as reports:
+        assert about_equal(files.read(path, GPU), before)
+        files.merge(path, GPU, {k: e for k, e in SEVERAL.items() if k.op == "bilinear"})
+        assert about_equal(files.read(path, GPU), SEVERAL)
+    assert not reports
+    assert not (tmp_path / "a.json.unusable").exists()
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -495,7 +622,7 @@ def test_merge_moves_aside_what_is_not_usable(tmp_path: Path, case: str) -> None
     with collected():
         written(path, {key(1): config()})
         found = files.read(path, GPU)
-    kept = {k: e for k, e in SEVERAL.items() if k.op == "relational"} if case == "changed kernels" else {}
+    kept = {k: e for k, e in SEVERAL.items() if k.op != "region"} if case == "changed kernels" else {}
     assert about_equal(found, {**kept, key(1): entry(config())})
     assert (tmp_path / "a.json.unusable").read_bytes() == before
     assert json.loads(path.read_text())["kernels"]["region"] == kernel_hash("region")

@@ -18,12 +18,13 @@ import pytest
 
 from dyreg_triton import tuning
 from dyreg_triton.gpu import Gpu
-from dyreg_triton.tuning import Config, Key, files
+from dyreg_triton.tuning import BilinearConfig, Config, Key, RelationalConfig, files
 from dyreg_triton.tuning.files import Entry
 
 GPU = Gpu("Example GPU 3000 (SXM)", "9.0", 232448)
 REGION_KINDS = ("gather", "scatter", "gather_moments", "scatter_moments", "dense", "dense_moments")
 RELATIONAL_KINDS = ("pack", "forward", "backward", "fold_keys", "fold_values", "by_h1", "by_h2")
+BILINEAR_KINDS = ("forward", "backward", "forward_mixed", "backward_mixed", "mix", "mix_backward")
 
 
 def key(frames: int = 256, nodes: int = 16, channels: int = 512, cells: int = 196, kind: str = "gather") -> Key:
@@ -41,9 +42,28 @@ def rsa_key(
     return Key("relational", kind, "16-bit", (clips, *size, queries, *channels, *window))
 
 
+def bat_key(
+    clips: int = 8,
+    channels: int = 256,
+    frames: int = 4,
+    size: tuple[int, int] = (28, 28),
+    groups: int = 8,
+    cells: tuple[int, int] = (7, 7),
+    mixes: int = 4,
+    ts: int = 4,
+    kind: str = "forward_mixed",
+) -> Key:
+    return Key("bilinear", kind, "16-bit", (clips, channels, frames, *size, groups, *cells, mixes, ts))
+
+
 def config(block_c: int = 32, block_p: int = 64, **fields: Any) -> Config:
     """One that no heuristic chooses: of eight nodes."""
     return Config(8, block_c, block_p, **fields)
+
+
+def config_of(op: str) -> Any:
+    """One of each op."""
+    return {"region": config(), "relational": RelationalConfig(), "bilinear": BilinearConfig()}[op]
 
 
 def entry(chosen: Any, seconds: float = 1e-5, *, complete: bool = True, **changes: Any) -> Entry:

@@ -303,6 +303,11 @@ class BilinearConfig:
         for name in ("steps", "num_stages"):
             if not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"BilinearConfig: {name} is {getattr(self, name)!r}; accepted is an integer > 0")
+        for name in ("joint", "fused"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"BilinearConfig: {name} is {getattr(self, name)!r}; accepted are True and False")
+        if self.joint and self.block_n < 16:
+            raise ValueError(f"BilinearConfig: block_n is {self.block_n!r}; accepted with joint is at least 16")
 
 
 def padded_cells(cells: tuple[int, int], joint: bool) -> tuple[int, int]:

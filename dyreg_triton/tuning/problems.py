@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,9 +153,11 @@ class Running:
             t = t.movedim(axis, -1).contiguous().movedim(-1, axis)
         return t
 
-    def __call__(self) -> None:
+    def __call__(self, between: Callable[[], None] = lambda: None) -> None:
+        """Run it; `between` is called after the forward."""
         leaves = {name: t.detach().requires_grad_(self.call.wants(name)) for name, t in self.inputs.items()}
         out = self.op(**leaves, **self.options)
+        between()
         wanted = [t for t in leaves.values() if t.requires_grad]
         if wanted:
             torch.autograd.grad(out, wanted, torch.ones_like(out))

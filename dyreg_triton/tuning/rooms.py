@@ -199,10 +199,9 @@ def _bilinear_steps(config: BilinearConfig, key: Key) -> Iterator[BilinearConfig
     sh, sw, _, ts = key.sizes[6:]
     if not key.kind.startswith("mix"):
         choices["joint"] = (True, False)
+        choices["steps"] = (config.steps * 2, config.steps // 2)
         if key.kind.endswith("mixed"):
             choices["fused"] = (True, False)
-        else:
-            choices["steps"] = (config.steps * 2, config.steps // 2)
     for step in _varied(config, **choices):
         down, across = padded_cells((sh, sw), step.joint)
         tile = (16 if key.kind.startswith("mix") else down * across) * step.block_n
