@@ -26,7 +26,7 @@ class Family:
         shape: from a built one of ours, the shape of a small input.
         leaves: attributes that a forward of the published class leaves on the module, and ours does not.
         keeps: those of them that ours leaves, detached, where it is built with `keep_regions=True`.
-        fits: tells published classes of one name apart: whether a module is this one.
+        fits: whether a module is this one, where several published classes have the name.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Family:
     shape: Callable[[Any], tuple[int, ...]] | None = None
     leaves: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
-    fits: Callable[[nn.Module], bool] = lambda module: True
+    fits: Callable[[nn.Module], bool] | None = None
 
 
 _FAMILIES: dict[tuple[str, type[nn.Module]], Family] = {}
@@ -44,16 +44,11 @@ _FAMILIES: dict[tuple[str, type[nn.Module]], Family] = {}
 
 def register(family: Family) -> None:
     """Let `dt.swap` cover one more published class; a name is registered once, or once for each that `fits`."""
-    key = family.name, family.ours
-    if any(family.name == name and (key in _FAMILIES or not _told_apart(family, name)) for name, _ in _FAMILIES):
+    others = [other for (name, _), other in _FAMILIES.items() if name == family.name]
+    told_apart = all(one.fits is not None and one.ours is not family.ours for one in others) and family.fits is not None
+    if others and not told_apart:
         raise ValueError(f"families.register: {family.name!r} is registered already")
-    _FAMILIES[key] = family
-
-
-def _told_apart(family: Family, name: str) -> bool:
-    """Whether all families of a name say which modules are theirs."""
-    anything = Family.__dataclass_fields__["fits"].default
-    return anything not in (family.fits, *(other.fits for (of, _), other in _FAMILIES.items() if of == name))
+    _FAMILIES[family.name, family.ours] = family
 
 
 def families() -> Iterator[Family]:
@@ -80,6 +75,6 @@ def _met(module: nn.Module, *, alone: bool) -> Family | None:
     names = {cls.__name__ for cls in type(module).__mro__}
     parts = {*module._modules, *module._parameters, *getattr(module, "parametrizations", ())}
     some = [family for family in families() if (family.settings is not None) is alone]
-    named = (family for family in some if family.name in names and family.fits(module))
-    alike = (family for family in some if parts.issuperset(family.parts) and family.fits(module))
-    return next(named, None) or next(alike, None)
+    some = [family for family in some if family.fits is None or family.fits(module)]
+    named = (family for family in some if family.name in names)
+    return next(named, None) or next((family for family in some if parts.issuperset(family.parts)), None)
