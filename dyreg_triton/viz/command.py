@@ -129,6 +129,8 @@ def read_clip(path: Path) -> Any:
     """
     import torch
 
+    if not path.exists():
+        raise FileNotFoundError(f"clip is {str(path)!r}, which is not there")
     if path.is_dir():
         files = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES and p.is_file()), key=_natural)
         if not files:
@@ -138,8 +140,6 @@ def read_clip(path: Path) -> Any:
         clip = _array(path)
     elif path.suffix.lower() in PICTURES:
         clip = _stacked(path, [(f"frame {i}", picture) for i, picture in enumerate(_pictures(path))])
-    elif not path.exists():
-        raise FileNotFoundError(f"clip is {str(path)!r}, which is not there")
     else:
         raise ValueError(
             f"clip is {str(path)!r}; accepted are .npy, .pt, an image ({', '.join(PICTURES)}) and a folder of images"
@@ -169,8 +169,6 @@ def _pictures(path: Path) -> list[Any]:
                 torch.from_numpy(np.array(ImageOps.exif_transpose(frame).convert("RGB")))
                 for frame in ImageSequence.Iterator(file)
             ]
-    except FileNotFoundError:
-        raise
     except Exception as failure:  # pillow raises whatever a broken file leads to
         raise ValueError(f"clip is {str(path)!r}, which is no image that pillow reads: {failure}") from failure
 
@@ -198,8 +196,6 @@ def _array(path: Path) -> Any:
             clip: Any = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
             clip = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as failure:
         told = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
         raise ValueError(f"clip is {str(path)!r}, which holds no array: {told}") from failure
