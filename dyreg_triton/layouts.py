@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,15 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return last
 
 
-def units(channels: int, *groups: int) -> int:
-    """Into how many runs of channels of one length the boundaries of all groupings cut them."""
-    return channels // math.gcd(*(channels // n for n in groups))
+def units(*groups: int) -> int:
+    """Into how many runs of one length the boundaries of several groupings cut channels: their least common multiple.
+
+    By hand, because math.lcm takes no symbolic sizes.
+    """
+    count = groups[0]
+    for other in groups[1:]:
+        a, b = count, other
+        while b:
+            a, b = b, a % b
+        count = count // a * other
+    return count

@@ -200,8 +200,9 @@ def operands(by_row, by_column, CELLS: tl.constexpr, JOINT: tl.constexpr, OPERAN
     if OPERAND == tl.float16:
         p_scale = peak_of(by_row)
         q_scale = peak_of(by_column)
-        if not JOINT:
-            q_scale = q_scale * CELLS[3]  # a sum of COLS terms is no larger than its features
+        if not JOINT:  # a sum of so many terms is no larger than its features
+            p_scale = p_scale * CELLS[2]
+            q_scale = q_scale * CELLS[3]
         by_row = by_row / p_scale
         by_column = by_column / q_scale
     if JOINT:

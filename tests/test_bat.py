@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import published
 import published_images
 import pytest
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dyreg_triton as dt
+from dyreg_triton.layers import windows
 
 VIDEO, IMAGES = "models.non_local.", "model_zoo.non_local."
 SMALL: dict[str, Any] = {"window": 3, "temporal_window": 2, "groups": 2, "temporal_groups": 4}
@@ -606,6 +608,39 @@ def test_published_starts(case: str) -> None:
         assert_identical(ours(x), x)
 
 
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_published_constructors_start_nothing(case: str) -> None:
+    """As there: torch's own start, until the network calls init_modules()."""
+    package, name, config, _ = PUBLISHED[case]
+    ours = dt.compat.build(package + name, config)
+    convolutions = [m for m in ours.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    assert all(conv.bias.any() for conv in convolutions)
+    norms = [m for m in ours.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(norm.weight.eq(1).all() for norm in norms)
+
+
+def test_no_frames_are_mixed_by_a_negative_tk() -> None:
+    """The published code asks whether tk > 0."""
+    module = dt.compat.build("models.non_local.BATBlock", in_channels=8, s=2, k=2, tk=-1)
+    assert module.batransform.temporal_groups == 0
+
+
+def test_unknown_options_of_the_block() -> None:
+    with pytest.raises(TypeError, match="BATBlock: got windows; accepted are window, temporal_window, groups"):
+        dt.layers.BATBlock(8, windows=3)
+
+
+def test_dropout_may_be_any_number() -> None:
+    assert dt.layers.BATBlock(8, dropout=np.float32(0.25)).dropout.p == 0.25
+
+
+@pytest.mark.parametrize("size", [-200.0, 200.0])
+def test_sigmoids_that_vanish_still_sum_to_one(size: float) -> None:
+    """The published code divides 0 by 0 there."""
+    weights = windows.normalised(torch.full((1, 1, 3, 3), size), -1, "sigmoid", "weight")
+    assert_close(weights, torch.full((1, 3, 3), 1 / 3).double(), tolerance=1e-6)
+
+
 @pytest.mark.parametrize("case", [*BAT, *NONLOCAL])
 def test_published_state_loads_natively(case: str, device: torch.device) -> None:
     golden = Golden(case, device)
@@ -648,7 +683,7 @@ def test_published_defaults() -> None:
         ("models.non_local.BATransform", {"in_channels": True}, ("in_channels is True", "integer > 0")),
         ("models.non_local.BATransform", {"k": 0}, ("k is 0", "integer > 0")),
         ("models.non_local.BATransform", {"k": 3}, ("k is 3", "8")),
-        ("models.non_local.BATransform", {"tk": -1}, ("tk is -1", "integer >= 0")),
+        ("models.non_local.BATransform", {"tk": 1.5}, ("tk is 1.5", "integer")),
         ("models.non_local.BATransform", {"tk": 3}, ("tk is 3", "8")),
         ("models.non_local.BATransform", {"window": 3}, ("window", "accepted are", "'s'")),
         ("models.non_local.BATBlock", {"r": 0}, ("r is 0", "integer > 0")),
@@ -859,6 +894,16 @@ def test_nonlocal_starts_as_the_identity(dimensions: int) -> None:
         layer = dt.layers.NonLocalBlock(8, dimensions=dimensions, **options)  # type: ignore[arg-type]
         for training in (True, False):
             assert_identical(layer.train(training)(x), x)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_nonlocal_stores_no_weights(heads: int, dimensions: int) -> None:
+    """torch's fused attention takes channels innermost only, and falls back to storing weights without a word."""
+    layer = dt.layers.NonLocalBlock(16, dimensions=dimensions, heads=heads)
+    x = torch.randn(2, 16, *(4, 6, 8)[-dimensions:])
+    with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.FLASH_ATTENTION]):
+        layer(x).sum().backward()
 
 
 def test_nonlocal_defaults() -> None:

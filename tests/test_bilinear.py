@@ -1105,6 +1105,24 @@ def test_compile_without_graph_breaks(backend: str, temporal: tuple[int, int] | 
     torch._dynamo.reset()
 
 
+@on_temporal
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend", backends("triton", "eager"))
+def test_compile_for_any_channels_and_groups(
+    backend: str, dynamic: bool | None, temporal: tuple[int, int] | None
+) -> None:
+    """How many runs of channels there are follows from numbers of groups, which are symbols then."""
+    torch._dynamo.reset()
+    case = BilinearCase(size=(2, 3), frames=2, temporal=temporal, seed=55)
+    compiled = torch.compile(case.function(dt.ops), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    with dt.backend(backend):
+        for channels, groups in ((4, 2), (6, 3), (6, 2), (12, 4)):
+            own = dataclasses.replace(case, channels=channels, groups=groups)
+            values, _ = inputs(own)
+            assert_close(compiled(**values), case.function(dt.reference)(**values), "out")
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("backend", backends("triton", "eager"))
 def test_compile_in_channels_last(backend: str) -> None:
     torch._dynamo.reset()
@@ -1525,6 +1543,8 @@ NO_CONFIGS = [
     *[("block_n", value) for value in (0, -16, 3, 48, 8192, 2**70)],
     *[("num_warps", value) for value in (0, -4, 3, 64)],
     *[(name, value) for name in ("steps", "num_stages") for value in (0, -1, 2**31)],
+    *[(name, value) for name in ("joint", "fused") for value in (0, 1, None)],
+    ("block_n", 8),  # of one product, which takes sixteen
 ]  # fmt: skip
 
 
@@ -1538,7 +1558,14 @@ def test_no_configs(field: str, value: int) -> None:
 
 
 def test_configs_up_to_their_limits() -> None:
-    for fields in ({"block_n": 1}, {"block_n": 4096}, {"num_warps": 1}, {"num_warps": 32}, {"steps": 2**31 - 1}):
+    for fields in (
+        {"block_n": 1, "joint": False},
+        {"block_n": 16},
+        {"block_n": 4096},
+        {"num_warps": 1},
+        {"num_warps": 32},
+        {"steps": 2**31 - 1},
+    ):
         assert dataclasses.asdict(tuning.BilinearConfig(**fields)).items() >= fields.items()
 
 

@@ -64,6 +64,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyreg_triton as dt
+from dyreg_triton.compat import families
 
 # --- the models of these tests --------------------------------------------------------------------------------------
 
@@ -860,6 +861,26 @@ CHANGED: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "a relu more behind attention": (lambda: block(RectifiedNonLocal), IMAGES),
     "softmax over queries": (with_softmax_over_queries, IMAGES),
 }
+
+
+def test_families_of_one_name_are_told_apart(monkeypatch):
+    """A name is registered once, or once for each class that says which modules are its own."""
+    monkeypatch.setattr(families, "_FAMILIES", {})
+    first, second = (dt.compat.bat.BATBlock, dt.compat.bat.ImageBATBlock)
+
+    def family(ours, fits=None):
+        return families.Family("BATBlock", ours, (), fits=fits)
+
+    families.register(family(first, fits=bool))
+    for again in (family(first, fits=bool), family(second)):
+        with pytest.raises(ValueError, match="'BATBlock' is registered already"):
+            families.register(again)
+    families.register(family(second, fits=bool))
+    assert len(list(families.families())) == 2
+    monkeypatch.setattr(families, "_FAMILIES", {})
+    families.register(family(first))
+    with pytest.raises(ValueError, match="registered already"):
+        families.register(family(second, fits=bool))
 
 
 @pytest.mark.parametrize("case", CHANGED)

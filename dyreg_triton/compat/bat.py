@@ -10,7 +10,7 @@ from ..layers import bat, nonlocal_block
 from ..layers.bat import clip_input, convolution, start
 from ..layers.nonlocal_block import embedded_gaussian
 from ..pretrained import Pretrained
-from ..validate import flag, is_integer, positive_int, what
+from ..validate import flag, is_integer, positive_int, probability, what
 from .families import Family, register
 
 _PUBLISHED: dict[str, Any] = {"window_rule": "logit"}
@@ -21,23 +21,17 @@ def _sizes(op: str, in_channels: int, r: int = 1, tk: int = 0, **positive: int) 
     """Check the authors' sizes under their names; the layer's options that they are."""
     for name, value in {"in_channels": in_channels, "r": r, **positive}.items():
         positive_int(op, name, value)
-    if not is_integer(tk) or not 0 <= tk < 2**31:
-        raise ValueError(f"{op}: tk is {what(tk)}; accepted is an integer >= 0 and below 2**31")
+    if not is_integer(tk) or tk >= 2**31:
+        raise ValueError(f"{op}: tk is {what(tk)}; accepted is an integer below 2**31, and up to 0 for none")
     inner = in_channels // r
     if not inner:
         raise ValueError(f"{op}: r is {r}; accepted is at most in_channels, {in_channels}")
     for name, groups in {"k": positive["k"], "tk": tk}.items():
-        if groups and inner % groups:
+        if groups > 0 and inner % groups:
             channels = "in_channels" if r == 1 else "in_channels // r"
             raise ValueError(f"{op}: {name} is {groups}; accepted is a divisor of {channels}, {inner}")
     options = {"window": positive["s"], "groups": positive["k"]}
-    return options | ({"temporal_window": positive["ts"], "temporal_groups": tk} if "ts" in positive else {})
-
-
-def _probability(op: str, dropout: float) -> float:
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-        raise ValueError(f"{op}: dropout is {what(dropout)}; accepted is a probability, 0 to 1")
-    return dropout
+    return options | ({"temporal_window": positive["ts"], "temporal_groups": max(tk, 0)} if "ts" in positive else {})
 
 
 # keep_regions is accepted for every module; these have no regions
@@ -55,6 +49,8 @@ class BATransform(bat.BATransform):
 class BATBlock(bat.BATBlock):
     """The published BATBlock of clips."""
 
+    _starts = False
+
     def __init__(
         self,
         in_channels: int,
@@ -70,7 +66,7 @@ class BATBlock(bat.BATBlock):
         op = "models.non_local.BATBlock"
         flag(op, "keep_regions", keep_regions)
         sizes = _sizes(op, in_channels, r, tk, s=s, ts=ts, k=k)
-        super().__init__(in_channels, reduction=r, dropout=_probability(op, dropout), **sizes, **_PUBLISHED)
+        super().__init__(in_channels, reduction=r, dropout=probability(op, "dropout", dropout), **sizes, **_PUBLISHED)
 
 
 class ImageBATransform(bat.BATransform):
@@ -85,13 +81,15 @@ class ImageBATransform(bat.BATransform):
 class ImageBATBlock(bat.BATBlock):
     """The published BATBlock of images."""
 
+    _starts = False
+
     def __init__(
         self, in_channels: int, r: int = 2, s: int = 4, k: int = 4, dropout: float = 0.2, *, keep_regions: bool = False
     ):
         op = "model_zoo.non_local.BATBlock"
         flag(op, "keep_regions", keep_regions)
         sizes = _sizes(op, in_channels, r, s=s, k=k)
-        super().__init__(in_channels, reduction=r, dropout=_probability(op, dropout), **sizes, **_IMAGES)
+        super().__init__(in_channels, reduction=r, dropout=probability(op, "dropout", dropout), **sizes, **_IMAGES)
 
     def init_modules(self) -> None:
         """Start as published: convolutions keep their biases."""
@@ -102,6 +100,7 @@ class _NonLocal(nonlocal_block.NonLocalBlock):
     """The published non-local block over `_DIMENSIONS`."""
 
     _DIMENSIONS = 3
+    _starts = False
 
     def __init__(
         self,

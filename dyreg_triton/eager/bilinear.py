@@ -24,7 +24,7 @@ def bilinear_transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None = None)
     """y (B, C, T, H, W), y = kron(T, I) over time of kron(P, I) x kron(Q, I)."""
     batch, channels, frames, height, width = x.shape
     down, across = p.shape[-1], q.shape[-1]
-    count = units(channels, p.shape[1], *(() if t is None else (t.shape[1],)))
+    count = units(p.shape[1], *(() if t is None else (t.shape[1],)))
     each, rows = channels // count, height // down
     wide = torch.promote_types(x.dtype, torch.float32)
     with full_precision(x.device.type):

@@ -3,6 +3,7 @@ Transforms', CVPR 2020)."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..autocast import full_precision
 from ..pretrained import Pretrained
-from ..validate import choice, is_integer, layer_input, positive_int, what
+from ..validate import choice, is_integer, layer_input, positive_int, probability, what
 from .leaves import tensor_of
 from .windows import Axis, cut, cut_columns, extended, normalised
 
@@ -168,8 +169,8 @@ class BATransform(Pretrained):
             if axis is not None and axis.extension and self.remainder == "refuse":
                 raise ValueError(
                     f"BATransform: x is {what(x)}, of {name} = {axis.length}, which {axis.cells} coarse cells of "
-                    f"{axis.scale} exceed; accepted with remainder='refuse' is {axis.cells * axis.scale}, and any with "
-                    "remainder='repeat'"
+                    f"{axis.scale} exceed; accepted with remainder='refuse' is a size without remainder, such as "
+                    f"{axis.cells * axis.scale}, and any with remainder='repeat'"
                 )
         return axes
 
@@ -225,6 +226,9 @@ class BATransform(Pretrained):
         return f"{self.in_channels}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
+_OPTIONS = tuple(inspect.signature(BATransform.__init__).parameters)[2:]
+
+
 class BATBlock(Pretrained):
     """A residual block around a transform of fewer channels: x + dropout(conv2(batransform(conv1(x)))).
 
@@ -237,14 +241,17 @@ class BATBlock(Pretrained):
     Shapes: as `BATransform`. Raises as `BATransform`.
     """
 
+    _starts = True  # as the authors' networks start it; their constructor leaves that to them
+
     def __init__(
         self, in_channels: int, *, reduction: int = 2, dropout: float = 0.2, dimensions: int = 3, **options: Any
     ):
         super().__init__()
+        if unknown := sorted(set(options) - set(_OPTIONS)):
+            raise TypeError(f"BATBlock: got {', '.join(unknown)}; accepted are {', '.join(_OPTIONS)}")
         self.in_channels = positive_int("BATBlock", "in_channels", in_channels)
         self.reduction = positive_int("BATBlock", "reduction", reduction)
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-            raise ValueError(f"BATBlock: dropout is {what(dropout)}; accepted is a probability, 0 to 1")
+        probability("BATBlock", "dropout", dropout)
         if reduction > in_channels:
             raise ValueError(f"BATBlock: reduction is {reduction}; accepted is at most in_channels, {in_channels}")
         inner = in_channels // reduction
@@ -254,7 +261,8 @@ class BATBlock(Pretrained):
         self.batransform = transform
         self.conv2 = _pointwise(inner, in_channels, dimensions)
         self.dropout = (nn.Dropout2d if dimensions == 2 else nn.Dropout3d)(dropout)
-        self.init_modules()
+        if self._starts:
+            self.init_modules()
 
     def init_modules(self) -> None:
         """Start as published."""

@@ -25,7 +25,9 @@ def embedded_gaussian(theta: Tensor, phi: Tensor, g: Tensor, heads: int, scale: 
 
     theta is (B, C, *), phi and g are (B, C, *') over positions of their own; scale: whether scores are divided.
     """
-    query, key, value = (t.flatten(2).unflatten(1, (heads, -1)).transpose(-2, -1) for t in (theta, phi, g))
+    rows = [t.flatten(2).unflatten(1, (heads, -1)).transpose(-2, -1) for t in (theta, phi, g)]
+    # channels innermost: torch's fused attention takes nothing else, and falls back to storing weights without a word
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in rows)
     y = F.scaled_dot_product_attention(query, key, value, scale=None if scale else 1.0)
     y = y.transpose(-2, -1).reshape(theta.shape)
     return y.contiguous(memory_format=memory_format(theta))  # it lies channels last, and the norm would take it so
@@ -51,6 +53,8 @@ class NonLocalBlock(Pretrained):
 
     Raises ValueError or TypeError for an argument outside those named, and for x of another shape.
     """
+
+    _starts = True  # as the authors' networks start it; their constructor leaves that to them
 
     def __init__(
         self,
@@ -95,7 +99,8 @@ class NonLocalBlock(Pretrained):
         if sub_sample:
             pool = (nn.MaxPool1d, nn.MaxPool2d, FramePool)[dimensions - 1]
             self.g, self.phi = nn.Sequential(pool(2), self.g), nn.Sequential(pool(2), self.phi)
-        self.init_modules()
+        if self._starts:
+            self.init_modules()
 
     def init_modules(self) -> None:
         """Start as published."""

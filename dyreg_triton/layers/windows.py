@@ -80,11 +80,8 @@ def normalised(logits: Tensor, axis: int, kind: str, rule: str) -> Tensor:
     kind: "softmax", or "sigmoid" divided by its sum. rule: cells that no window covers have "weight" 0 or "logit" 0.
     """
     logits, bare = assembled(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    if rule == "logit":
-        bare = None
-    if kind == "softmax":
-        return (logits if bare is None else logits.masked_fill(bare, -torch.inf)).softmax(axis)
-    weights = logits.sigmoid()
-    if bare is not None:
-        weights = weights.masked_fill(bare, 0)
-    return weights / weights.sum(axis, keepdim=True)
+    if kind == "sigmoid":  # exp(log sigmoid) divided by its sum, which is never 0 / 0
+        logits = F.logsigmoid(logits)
+    if bare is not None and rule == "weight":
+        logits = logits.masked_fill(bare, -torch.inf)
+    return logits.softmax(axis)

@@ -30,7 +30,7 @@ class Problem(NamedTuple):
     @property
     def units(self) -> int:
         """Runs of channels that share p, q and t."""
-        return units(self.x.shape[1], self.p.shape[1], *(() if self.t is None else (self.t.shape[1],)))
+        return units(self.p.shape[1], *(() if self.t is None else (self.t.shape[1],)))
 
     def key(self, kind: str) -> tuning.Key:
         """Of one of its kernels."""

@@ -339,7 +339,7 @@ def bilinear(
     A program transforms several tiles by the same matrices as long as there are programs enough to fill a large GPU.
     """
     clips, channels, frames, height, width = shape
-    count = units(channels, groups, mixes)
+    count = units(groups, mixes)
     if kind.startswith("mix"):
         positions = channels // count * height * width
         most = (4096 if itemsize <= 2 else 2048) // max(_power_of_two(ts), 16)

@@ -174,7 +174,7 @@ def _bilinear_similar(key: Key) -> Hashable:
 def _bilinear_wide(key: Key) -> int:
     """How many columns there are."""
     _, channels, _, h, w, groups, sh, sw, mixes, _ = key.sizes
-    return channels // units(channels, groups, mixes) * (h * w if key.kind.startswith("mix") else (h // sh) * (w // sw))
+    return channels // units(groups, mixes) * (h * w if key.kind.startswith("mix") else (h // sh) * (w // sw))
 
 
 def _bilinear_within(config: BilinearConfig, key: Key) -> BilinearConfig:

@@ -133,6 +133,13 @@ def positive_number(op: str, name: str, value: Any, call: Mapping[str, object] |
     raise error(f"{op}: {name} is {value!r}; accepted is a number > 0, from 1e-15 to 1e15{_of(call)}")
 
 
+def probability(op: str, name: str, value: Any) -> float:
+    """`value` as a number from 0 to 1."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
+        raise ValueError(f"{op}: {name} is {what(value)}; accepted is a probability, 0 to 1")
+    return float(value)
+
+
 def as_device(op: str, value: Any) -> torch.device:
     """`value` as a torch.device."""
     error: type[Exception] = TypeError

@@ -34,7 +34,7 @@ def bilinear_arguments(op: str, tensors: Mapping[str, Tensor | None]) -> None:
     x = tensors["x"]
     assert x is not None
     accepted = {x.dtype, lowered_dtype(x), torch.float32}
-    dtype = f"x's dtype, {str(x.dtype)[6:]}, or float32"
+    dtype = f"x's dtype, {str(x.dtype)[6:]}" + (", or float32" if x.dtype != torch.float32 else "")
     check_kinds(call, tensors, FORMS, lambda t: t is x or t.dtype in accepted, dtype)
     for name, letter in (("p", "G"), ("t", "Gt")):
         if letter in sizes and sizes["C"] % sizes[letter]:
