@@ -64,9 +64,18 @@ class _Draws(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and _dropout(func, args, kwargs) != 0:
             self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The dropout_p of fused attention, which draws nothing where it is 0; None of anything else."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return args[i] if i < len(args) else kwargs.get("dropout_p", argument.default_value)
+    return None
 
 
 @contextlib.contextmanager
