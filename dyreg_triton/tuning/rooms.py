@@ -172,9 +172,10 @@ def _bilinear_similar(key: Key) -> Hashable:
 
 
 def _bilinear_wide(key: Key) -> int:
-    """How many columns there are."""
+    """How many columns there are; one of a key in a file that no call has."""
     _, channels, _, h, w, groups, sh, sw, mixes, _ = key.sizes
-    return channels // units(groups, mixes) * (h * w if key.kind.startswith("mix") else (h // sh) * (w // sw))
+    cells = h * w if key.kind.startswith("mix") else (h // sh) * (w // sw)
+    return max(1, channels // units(groups, mixes) * cells)
 
 
 def _bilinear_within(config: BilinearConfig, key: Key) -> BilinearConfig:
