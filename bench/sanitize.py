@@ -68,17 +68,30 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Relational:
-    """What relational attention is called with, q, k and v contiguous or with their channels last."""
+class Called:
+    """A case of the testing kit, in one of two layouts."""
 
-    OPS: ClassVar[tuple[str, ...]] = ("relational_attention",)
-
-    call: RelationalCase
+    call: RelationalCase | BilinearCase
     channels_last: bool
 
     @property
     def dtype(self) -> torch.dtype:
         return self.call.dtype
+
+    def tolerance(self, device: torch.device) -> float:
+        return stored(self.dtype, device)
+
+    def function(self, op: str, module: ModuleType) -> Callable[..., Tensor]:
+        return self.call.function(module)
+
+
+@dataclass(frozen=True)
+class Relational(Called):
+    """What relational attention is called with, q, k and v contiguous or with their channels last."""
+
+    OPS: ClassVar[tuple[str, ...]] = ("relational_attention",)
+
+    call: RelationalCase
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
@@ -93,25 +106,14 @@ class Relational:
             leaves |= {name: t.movedim(-4, -1).contiguous().movedim(-1, -4) for name, t in features.items()}
         return leaves, grad_output
 
-    def tolerance(self, device: torch.device) -> float:
-        return stored(self.dtype, device)
-
-    def function(self, op: str, module: ModuleType) -> Callable[..., Tensor]:
-        return self.call.function(module)
-
 
 @dataclass(frozen=True)
-class Bilinear:
+class Bilinear(Called):
     """What the bilinear transform is called with, x and the gradient of y contiguous or with their channels last."""
 
     OPS: ClassVar[tuple[str, ...]] = ("bilinear_transform",)
 
     call: BilinearCase
-    channels_last: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.call.dtype
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
@@ -127,12 +129,6 @@ class Bilinear:
                 clip.contiguous(memory_format=torch.channels_last_3d) for clip in (leaves["x"], grad_output)
             )
         return leaves, grad_output
-
-    def tolerance(self, device: torch.device) -> float:
-        return stored(self.dtype, device)
-
-    def function(self, op: str, module: ModuleType) -> Callable[..., Tensor]:
-        return self.call.function(module)
 
 
 def stored(dtype: torch.dtype, device: torch.device) -> float:
