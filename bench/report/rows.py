@@ -242,8 +242,7 @@ def _times(row: Row, name: str, spread: str) -> None:
     times, ranges = row.get(name), row.get(spread)
     positive = isinstance(times, dict) and "ours" in times and all(is_number(t) and t > 0 for t in times.values())
     _must(positive, row, name, "numbers above 0 by contender, ours among them")
-    assert isinstance(times, dict)
-    both = isinstance(ranges, dict) and all(_is_range(ranges.get(contender)) for contender in times)
+    both = isinstance(ranges, dict) and all(_is_range(ranges.get(contender)) for contender in row[name])
     _must(both, row, spread, "the quartiles of each contender, two numbers in order")
 
 

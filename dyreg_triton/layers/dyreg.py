@@ -111,13 +111,12 @@ class DynamicGraph(nn.Module):
         if self.variant is None:
             self.semantic_conv = nn.Conv2d(self.channels, self.num_nodes, 1)
         elif self.variant.moves:
-            self._add_generator(recurrence, region_channels, offset_bias)
+            self._add_generator(self.variant, recurrence, region_channels, offset_bias)
         self.kernel_projection1 = nn.Linear(self.train_size[0] * self.train_size[1], self.channels)
 
-    def _add_generator(self, recurrence: str, region_channels: int, offset_bias: bool) -> None:
+    def _add_generator(self, variant: Variant, recurrence: str, region_channels: int, offset_bias: bool) -> None:
         """The parts that lead to offsets: latent vectors (learned, or predicted and carried over time), linear map."""
-        assert self.variant is not None
-        if not self.variant.sees:
+        if not variant.sees:
             self.region_latent = nn.Parameter(torch.randn(self.num_nodes, region_channels))
         elif self.generator == "fc":
             self.fishnet = Fishnet(self.channels, self.train_size)
@@ -125,13 +124,13 @@ class DynamicGraph(nn.Module):
             self.global_conv = nn.Sequential(nn.Conv2d(16, self.num_nodes * region_channels, self.fishnet.size))
         else:
             self.glore = GloRe(self.channels, self.train_size, self.num_nodes, region_channels, self.weights_over)
-        if self.variant.in_time:
+        if variant.in_time:
             self.offset_lstm = make_recurrence(recurrence, region_channels)
         self.offset_pred = nn.Linear(region_channels, 4, bias=offset_bias)
         self.offset_alpha = nn.Parameter(torch.zeros(4))
-        if self.variant.sees:
+        if variant.sees:
             self.norm_dict["offset_ln_feats_coords"] = ChannelAffineNorm((region_channels,), 2)
-        if self.variant.in_time:
+        if variant.in_time:
             self.norm_dict["offset_ln_lstm"] = ChannelAffineNorm((region_channels,), 2)
 
     def initial_centers(self, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -97,8 +97,7 @@ def forward(problem: Problem, y: Tensor) -> None:
     x, p, q, t = problem
     launch, mix = planned(_plan_forward, (y, *problem))
     launch(x, p, q, x if t is None else t, y)
-    if mix is not None:
-        assert t is not None
+    if mix is not None and t is not None:
         mix(y, y, t, y, y)
 
 
@@ -164,7 +163,10 @@ def backward(problem: Problem, dy: Tensor, needs: list[bool]) -> list[Tensor]:
     by_x = torch.empty_like(x, memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
     rows = [x.new_empty(shape, dtype=wide) for shape in shapes]
     launch(dy, x, p, q, x if t is None else t, by_x if needs[0] else x, *rows)
-    sums = [_summed(r, m) if need else x.new_empty(0) for r, m, need in zip(rows, problem[1:], needs[1:], strict=True)]
+    sums = [
+        _summed(r, cast(Tensor, m)) if need else x.new_empty(0)
+        for r, m, need in zip(rows, problem[1:], needs[1:], strict=True)
+    ]
     return [by_x, *sums]
 
 
@@ -201,8 +203,7 @@ def _plan_backward(dy: Tensor, *given: Any) -> tuple[Launch, list[tuple[int, ...
 
 def _backward_in_passes(problem: Problem, dy: Tensor, needs: list[bool]) -> list[Tensor]:
     """The same where the frames of a phase do not fit on chip: frames are unmixed first, into a clip of their own."""
-    x, t = problem.x, problem.t
-    assert t is not None
+    x, t = problem.x, cast(Tensor, problem.t)
     back = torch.empty_like(x, memory_format=memory_format(x))
     if needs[3]:
         forward(problem.unmixed(), back)
@@ -215,8 +216,7 @@ def _backward_in_passes(problem: Problem, dy: Tensor, needs: list[bool]) -> list
     return [*backward(problem.unmixed(), back, [*needs[:3], False])[:3], by_t]
 
 
-def _summed(rows: Tensor, like: Tensor | None) -> Tensor:
+def _summed(rows: Tensor, like: Tensor) -> Tensor:
     """The gradient of `like` from rows (B, G, parts, ...), summed in fixed order: bit-identical from run to run."""
-    assert like is not None
     total = rows.squeeze(2) if rows.shape[2] == 1 else rows.sum(2)
     return total.to(like.dtype)

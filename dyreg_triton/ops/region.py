@@ -15,7 +15,7 @@ Sub-gradients at d = 0 and d = s are 0. A NaN region spoils its own node in pool
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -201,9 +201,8 @@ def _scatter(
     """Write map y from nodes v; with map x return the region gradient too."""
     launch, rows_shape = planned(_plan_scatter, (y, v, x, regions), profile)
     if launch is None:
-        assert x is not None
         _scatter(y, v, None, regions, profile, temperature)
-        return _gather(x, v, regions, profile, temperature, nodes=False)[1]
+        return _gather(cast(Tensor, x), v, regions, profile, temperature, nodes=False)[1]
     rows = y.new_empty(rows_shape, dtype=wider(y.dtype))
     launch(v.contiguous(), y if x is None else x, regions.contiguous(), y, rows, temperature)
     return None if x is None else _summed(rows, regions)

@@ -169,23 +169,22 @@ def measure(before: Callable[[], nn.Module], after: Callable[[], nn.Module], exa
         errors = _errors(new, old, bounds.floor)
         wrong, round_off = _beyond(errors, bounds), None
         if wrong is not None and bounds.wider is not None:
-            wrong, round_off = _is_round_off(before(), example, old, new, bounds, wrong)
+            wrong, round_off = _is_round_off(before(), example, old, new, bounds, bounds.wider, wrong)
     return Measured(max(errors.values()), _timed(before, example), _timed(after, example), wrong, round_off, note)
 
 
 def _is_round_off(
-    module: nn.Module, example: Example, old: Run, new: Run, bounds: Bounds, wrong: str
+    module: nn.Module, example: Example, old: Run, new: Run, bounds: Bounds, wider: torch.dtype, wrong: str
 ) -> tuple[str | None, tuple[float, float] | None]:
     """Whether the original itself is as far from its result in a wider dtype: what is wrong, or None, and how far."""
     again = _errors(run(module, example, new.differentiable), old, bounds.floor)
     if max(again.values()) > bounds.most:
         return f"two runs of the original itself differ by {max(again.values()):.1e}, so nothing can be told", None
-    assert bounds.wider is not None
     try:
-        exact = _widened(module, example, new.differentiable, bounds.wider)
+        exact = _widened(module, example, new.differentiable, wider)
         theirs, ours = _errors(old, exact, bounds.floor), _errors(new, exact, bounds.floor)
     except Exception as failure:
-        return f"{wrong}; the original in {bounds.wider}, which would tell round-off, fails: {said(failure)}", None
+        return f"{wrong}; the original in {wider}, which would tell round-off, fails: {said(failure)}", None
     return _beyond(ours, bounds, theirs), (max(theirs.values()), max(ours.values()))
 
 

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import re
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -90,8 +91,7 @@ def search(model: nn.Module, only: tuple[str, ...] | None, keep_regions: bool) -
             result.already += places
             return
         if name and (only is None or any(selected(path, name, only) for path in places)):
-            family = family_of(module)
-            assert family is not None
+            family = cast(Family, family_of(module))
             try:
                 ours = prepare(module, family, keep_regions, result.pairs)
             except Unlike as why:
@@ -121,7 +121,6 @@ def _published(module: nn.Module) -> str | None:
 
 def prepare(theirs: nn.Module, family: Family, keep_regions: bool, pairs: Pairs) -> nn.Module:
     """Ours for one published module, compared with it; raises `Unlike` where it cannot take its place."""
-    assert family.settings is not None
     for name, parameter in theirs.named_parameters():
         if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
             raise ValueError(
@@ -138,7 +137,7 @@ def prepare(theirs: nn.Module, family: Family, keep_regions: bool, pairs: Pairs)
     if "forward" in theirs.__dict__:
         raise Unlike("its forward is set on the instance; accepted is that of its class")
     try:
-        settings = family.settings(theirs)
+        settings = cast(Any, family.settings)(theirs)
         with torch.device("meta"):
             ours = family.ours(**settings, keep_regions=keep_regions)
     except (AttributeError, TypeError, ValueError, KeyError, IndexError) as why:

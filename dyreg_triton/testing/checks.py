@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..validate import as_device, flag, is_integer
 from .calls import Call, default_device
-from .comparators import TOLERANCE, _bound, assert_all_close, assert_identical
+from .comparators import TOLERANCE, _bound, assert_all_close, assert_identical, require
 from .memory import Guarded, poisoned_outputs
 
 _TORCHS_OWN = (
@@ -211,7 +211,7 @@ def _check_call(
         with poisoned_outputs():
             outs = _outputs(op(**inputs, **call.options), "op")
             shapes, wanted = ([tuple(t.shape) for t in ts] for ts in (outs, expected_outs))
-            assert shapes == wanted, f"op returned shapes {shapes}, expected {wanted}"
+            require(shapes == wanted, f"op returned shapes {shapes}, expected {wanted}")
             guards = [call.cotangent(out) for out in outs if out.is_floating_point()]
             grads = _gradients(outs, inputs, [g.tensor for g in guards])
         for name, t in made.items():
@@ -227,13 +227,15 @@ def _check_call(
     floating = [t.dtype for t in plain.values() if t.is_floating_point()]
     for name, out, want in zip(names, outs, expected_outs, strict=True):
         kinds = out.is_floating_point(), want.is_floating_point()
-        assert kinds[0] == kinds[1], f"{name} is {out.dtype}, expected {want.dtype}"
+        require(kinds[0] == kinds[1], f"{name} is {out.dtype}, expected {want.dtype}")
         if same_dtype and out.is_floating_point() and floating:
-            assert out.dtype == floating[0], f"{name} is {out.dtype}, expected the first input's dtype, {floating[0]}"
+            first = floating[0]
+            require(out.dtype == first, f"{name} is {out.dtype}, expected the first input's dtype, {first}")
     expected_grads = _gradients(expected_outs, exact, [g.tensor.double() for g in guards])
     for name, grad in grads.items():
         own = plain[name.removeprefix("grad_")].dtype
-        assert grad is None or grad.dtype == own, f"{name} is {grad.dtype}, expected its input's dtype, {own}"
+        if grad is not None:
+            require(grad.dtype == own, f"{name} is {grad.dtype}, expected its input's dtype, {own}")
 
     if tolerance is None and floating:  # features of 16 bits leave wider inputs a gradient as exact as they are
         tolerance = max(TOLERANCE[dtype] for dtype in floating)
@@ -245,7 +247,7 @@ def _check_call(
         raise ValueError(f"check_call: floors names {unknown}; accepted are the results, {sorted(expected)}")
     for name, out, want in zip(names, outs, expected_outs, strict=True):
         if not out.is_floating_point():
-            assert out.to(want.dtype).equal(want), f"{name} differs, of {out.dtype} values"
+            require(out.to(want.dtype).equal(want), f"{name} differs, of {out.dtype} values")
             del actual[name], expected[name]
     assert_all_close(actual, expected, tolerance=tolerance, element=element, floors=floors)
     if repeat:

@@ -15,6 +15,12 @@ from ..validate import is_dense, mapping, what
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-10}
 
 
+def require(condition: bool, failure: str) -> None:
+    """Fail (AssertionError); the statement `assert` would not under python -O."""
+    if not condition:
+        raise AssertionError(failure)
+
+
 def _comparable(op: str, name: str, t: object, *, real: bool = True) -> None:
     """Check that `t` is a tensor whose values can be looked at one by one."""
     if not is_dense(t) or t.is_meta or t.is_quantized or (real and t.is_complex()):
@@ -124,7 +130,7 @@ def mismatch(
 def assert_close(actual: Tensor | None, expected: Tensor | None, name: str = "result", **options: Any) -> None:
     """Fail (AssertionError) unless `actual` is within the bounds of `expected`; options and errors as `mismatch`."""
     problem = mismatch(actual, expected, **options)
-    assert problem is None, f"{name} {problem}"
+    require(problem is None, f"{name} {problem}")
 
 
 def assert_all_close(
@@ -138,28 +144,30 @@ def assert_all_close(
     """`assert_close` of every entry; the failure lists every entry that is wrong."""
     for name, entries in (("actual", actual), ("expected", expected), ("floors", {} if floors is None else floors)):
         mapping("assert_all_close", name, entries)
-    assert actual.keys() == expected.keys(), f"entries differ: {sorted(actual.keys() ^ expected.keys())}"
+    require(actual.keys() == expected.keys(), f"entries differ: {sorted(actual.keys() ^ expected.keys())}")
     floors = floors or {}
     problems = {
         name: mismatch(actual[name], expected[name], tolerance=tolerance, element=element, floor=floors.get(name, 0.0))
         for name in expected
     }
     wrong = [f"{name} {problem}" for name, problem in problems.items() if problem]
-    assert not wrong, "; ".join(wrong)
+    require(not wrong, "; ".join(wrong))
 
 
 def assert_identical(actual: Tensor, expected: Tensor, name: str = "result") -> None:
     """Fail unless both hold the same bits (so NaN equals NaN) in the same shape and dtype."""
     for argument, t in (("actual", actual), ("expected", expected)):
         _comparable("assert_identical", argument, t, real=False)
-    assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    assert actual.dtype == expected.dtype, f"{name} is {actual.dtype}, expected {expected.dtype}"
+    shapes = tuple(actual.shape), tuple(expected.shape)
+    require(shapes[0] == shapes[1], f"{name} has shape {shapes[0]}, expected {shapes[1]}")
+    require(actual.dtype == expected.dtype, f"{name} is {actual.dtype}, expected {expected.dtype}")
     if actual.dtype == torch.bool or actual.is_complex():
         different = actual.detach() != expected.detach()
     else:
         bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
         different = actual.detach().contiguous().view(bits) != expected.detach().contiguous().view(bits)
-    assert not different.any(), f"{name}: {different.sum().item()} of {actual.numel()} values differ"
+    count = int(different.sum())
+    require(count == 0, f"{name}: {count} of {actual.numel()} values differ")
 
 
 def value_and_gradients(

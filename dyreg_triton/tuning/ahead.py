@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any, cast
 from unittest import mock
 
 import torch
@@ -80,12 +80,11 @@ class Compilers:
             )  # fmt: skip
             self._own.process = process
             self._processes.append(process)
-        assert process.stdin is not None
-        assert process.stdout is not None
+        given, answers = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
         with contextlib.suppress(OSError):  # a process that died compiles nothing ahead; the launch will, and say why
-            process.stdin.write(task + "\n")
-            process.stdin.flush()
-            process.stdout.readline()
+            given.write(task + "\n")
+            given.flush()
+            answers.readline()
 
     def close(self) -> None:
         """End the processes, whatever they are at."""

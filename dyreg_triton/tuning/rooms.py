@@ -244,8 +244,8 @@ def kernel_hash(op: str) -> str:
     digest = hashlib.sha256()
     for name in ROOMS[op].sources:
         spec = importlib.util.find_spec(f"dyreg_triton.kernels.{name}")
-        assert spec is not None
-        assert spec.origin is not None
+        if spec is None or spec.origin is None:
+            raise ImportError(f"the file of the kernels {name!r} is not installed")
         digest.update(Path(spec.origin).read_text(encoding="utf-8").encode())
     return digest.hexdigest()[:16]
 

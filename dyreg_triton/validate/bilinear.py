@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,8 +32,7 @@ def bilinear_arguments(op: str, tensors: Mapping[str, Tensor | None]) -> None:
         if matrices is not None and matrices.shape[-2] != matrices.shape[-1]:
             call.fail(name, f"is not square, shape {tuple(matrices.shape)}", f"square matrices, {FORMS[name]}")
     sizes = agreed_sizes(call, tensors, FORMS)
-    x = tensors["x"]
-    assert x is not None
+    x = cast(Tensor, tensors["x"])
     accepted = {x.dtype, lowered_dtype(x), torch.float32}
     dtype = f"x's dtype, {str(x.dtype)[6:]}" + (", or float32" if x.dtype != torch.float32 else "")
     check_kinds(call, tensors, FORMS, lambda t: t is x or t.dtype in accepted, dtype)

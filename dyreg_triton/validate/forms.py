@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from torch import Tensor
 
@@ -82,8 +82,7 @@ def check_kinds(
 ) -> None:
     """Dtypes (`fits`, which `dtype` says in words), devices, and that nothing but the batch is empty."""
     first = next(iter(forms))
-    features = tensors[first]
-    assert features is not None
+    features = cast(Tensor, tensors[first])
     for name in forms:
         t = tensors[name]
         if t is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor
 
@@ -40,8 +41,7 @@ def _agreement(call: Call, tensors: Mapping[str, Tensor | None], forms: Mapping[
     """The size of each letter, which all tensors agree on; then dtypes, devices and emptiness."""
     sizes = agreed_sizes(call, tensors, forms, _WINDOW, "kernel_size")
     first = next(iter(forms))
-    q = tensors[first]
-    assert q is not None
+    q = cast(Tensor, tensors[first])
     wanted = lowered_dtype(q)
     check_kinds(call, tensors, forms, lambda t: lowered_dtype(t) == wanted, f"{first}'s dtype, {str(q.dtype)[6:]}")
     return sizes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,8 +102,7 @@ def _checked(op: str, matrices: Any, size: Any, coarse: Any) -> tuple[Tensor, Te
                 f"{op}: {name} is {what(matrix)}; accepted is (B, G, T, S, S), of which only B may be 0; "
                 f"call: {describe({'p': p, 'q': q})}"
             )
-    assert isinstance(p, Tensor)  # said above, once for both
-    assert isinstance(q, Tensor)
+    p, q = cast(Tensor, p), cast(Tensor, q)
     if p.shape[:3] != q.shape[:3] or p.device != q.device:
         raise ValueError(
             f"{op}: q is {what(q)}; accepted is (B, G, T, Sw, Sw) with p's B, G, T and device; "
