@@ -27,6 +27,11 @@ def lowered(features: Tensor) -> Tensor:
     return features.to(lowered_dtype(features)) if autocast_is_on(features.device.type) else features
 
 
+def beside(t: Tensor, features: Tensor) -> Tensor:
+    """What stays as it is beside lowered features; in float32 where it is in the 16 bits that they had before."""
+    return t if t.dtype in (features.dtype, torch.float32) else t.to(torch.float32)
+
+
 def full_precision(kind: str) -> AbstractContextManager:
     """Autocast off for devices of this type, so that what is computed inside stays in its dtype."""
     return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()

@@ -51,15 +51,34 @@ class LowRank(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-def test_a_leaf_that_is_replaced_after_the_swap_is_called_or_refused() -> None:
+def test_a_leaf_that_is_replaced_after_the_swap_is_called() -> None:
     model, x = holder("rstg")
+    twin = copy.deepcopy(model)
     dt.swap(model)
     model.inner.att_q = LowRank(model.inner.att_q).to(x.device)
-    model(x).square().sum().backward()
-    assert model.inner.att_q.up.weight.grad.any()
     model.inner.send_mlp[0] = LowRank(model.inner.send_mlp[0]).to(x.device)
-    with pytest.raises(TypeError, match="LowRank"):
+    twin.inner.att_q, twin.inner.send_mlp[0] = copy.deepcopy((model.inner.att_q, model.inner.send_mlp[0]))
+    assert_same(run(model, x), run(twin, x))
+    assert model.inner.send_mlp[0].up.weight.grad.any()
+
+
+def test_a_filter_that_is_replaced_after_the_swap_is_refused() -> None:
+    model, x = holder("rsa VplusR VplusR")
+    dt.swap(model)
+    model.inner.H2 = LowRankFilter(model.inner.H2)
+    with pytest.raises(TypeError, match="H2 is a LowRankFilter"):
         model(x)
+
+
+class LowRankFilter(nn.Module):
+    def __init__(self, base: nn.Conv3d):
+        super().__init__()
+        self.base = base
+
+    weight = property(lambda self: self.base.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * 2
 
 
 @pytest.mark.parametrize("name", ["H1", "H2", "G"])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import bat, nonlocal_block
 from ..layers.bat import clip_input, convolution, start
+from ..layers.leaves import tensor_of
 from ..layers.nonlocal_block import embedded_gaussian
 from ..pretrained import Pretrained
 from ..validate import flag, is_integer, positive_int, probability, what
@@ -97,7 +98,11 @@ class ImageBATBlock(bat.BATBlock):
 
 
 class _NonLocal(nonlocal_block.NonLocalBlock):
-    """The published non-local block over `_DIMENSIONS`."""
+    """The published non-local block over `_DIMENSIONS`.
+
+    `init_modules` starts it as published: with `zero_init` and `bn_layer` it is the identity for ever, because W and
+    the norm's scale are both 0, and neither has a gradient.
+    """
 
     _DIMENSIONS = 3
     _starts = False
@@ -130,6 +135,12 @@ class _NonLocal(nonlocal_block.NonLocalBlock):
             scale=use_scale, norm=norm, zero_init=zero_init,
         )  # fmt: skip
 
+    def init_modules(self) -> None:
+        """Start as published."""
+        super().init_modules()
+        if isinstance(self.W, nn.Sequential):
+            nn.init.zeros_(self.W[1].weight)  # type: ignore[arg-type]
+
 
 class NONLocalBlock1D(_NonLocal):
     """The published block over (B, C, L)."""
@@ -155,7 +166,8 @@ class NonLocal(Pretrained):
         op = "model_zoo.non_local.NonLocal"
         flag(op, "keep_regions", keep_regions)
         self.use_scale = flag(op, "use_scale", use_scale)
-        if positive_int(op, "inplanes", inplanes) < 2:
+        self.inplanes = positive_int(op, "inplanes", inplanes)
+        if inplanes < 2:
             raise ValueError(f"{op}: inplanes is {inplanes}; accepted is an integer > 1: half as many attend")
         planes = inplanes // 2
         self.t, self.p, self.g = (nn.Conv2d(inplanes, planes, 1) for _ in range(3))
@@ -167,7 +179,7 @@ class NonLocal(Pretrained):
         start(self, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        clip_input("model_zoo.non_local.NonLocal", x, self.z, self.bn.num_features, 2)
+        clip_input("model_zoo.non_local.NonLocal", x, tensor_of(self.z, self), self.inplanes, 2)
         y = embedded_gaussian(self.t(x), self.p(x), self.g(x), 1, self.use_scale)
         return self.bn(self.z(y)) + x
 
@@ -251,7 +263,7 @@ register(Family("BATransform", ImageBATransform, _TRANSFORM, _image_transform, _
 register(
     Family(
         "NonLocal", NonLocal, ("t", "p", "g", "z", "bn"), _image_attention,
-        lambda ours: (2, ours.bn.num_features, 5, 4), fits=_images,
+        lambda ours: (2, ours.inplanes, 5, 4), fits=_images,
     )
 )  # fmt: skip
 for kind in (NONLocalBlock1D, NONLocalBlock2D, NONLocalBlock3D):

@@ -112,7 +112,7 @@ class RSTG(_Published, rstg.RSTG):
     def forward(self, input: Tensor) -> Tensor:  # the published name
         shape = (None, None, self.channels, self.num_nodes)
         form = f"(B, T, {shape[2]}, {shape[3]}) for node_dim {shape[2]} and num_nodes {shape[3]}"
-        layer_input("ops.rstg.RSTG", "input", input, tensor_of(self.internal_lstm), shape, form)
+        layer_input("ops.rstg.RSTG", "input", input, tensor_of(self.internal_lstm, self), shape, form)
         return super().forward(input.mT).mT.contiguous()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..autocast import full_precision
+from ..autocast import full_precision, lowered
 from ..pretrained import Pretrained
 from ..validate import choice, is_integer, layer_input, positive_int, probability, what
 from .leaves import tensor_of
@@ -53,11 +53,11 @@ def start(module: nn.Module, norm_weight: float, *, biases: bool = True) -> None
             nn.init.zeros_(part.bias)
 
 
-def clip_input(op: str, x: Any, layer: nn.Module, channels: int, dimensions: int) -> None:
-    """Check the input of a layer over `dimensions`; only the batch may be empty."""
+def clip_input(op: str, x: Any, like: Tensor | None, channels: int, dimensions: int) -> None:
+    """Check the input of a layer over `dimensions`, of `like`'s dtype and device; only the batch may be empty."""
     sizes = ("L", "H, W", "T, H, W")[dimensions - 1]
     form = f"(B, {channels}, {sizes}) for in_channels {channels}, {sizes.replace(', W', ' and W')} > 0"
-    layer_input(op, "x", x, tensor_of(layer), (None, channels, *[None] * dimensions), form)
+    layer_input(op, "x", x, like, (None, channels, *[None] * dimensions), form)
     if 0 in x.shape[2:]:
         raise ValueError(f"{op}: x is {what(x)}; accepted is {form}")
 
@@ -147,7 +147,7 @@ class BATransform(Pretrained):
         return self._matrices(x, *self.axes(x))
 
     def _check(self, x: Tensor) -> None:
-        clip_input("BATransform", x, self.conv2, self.in_channels, self.dimensions)
+        clip_input("BATransform", x, tensor_of(self.conv2, self), self.in_channels, self.dimensions)
 
     def axes(self, x: Tensor) -> tuple[Axis | None, Axis, Axis]:
         """How frames (None: they are not mixed), rows and columns of an x of any channels are cut.
@@ -208,7 +208,7 @@ class BATransform(Pretrained):
         self._check(x)
         axes = self.axes(x)
         matrices = self._matrices(x, *axes)
-        size = x.shape[2:]
+        size, x = x.shape[2:], lowered(x)  # as the op does, and autocast's cat takes no other 16 bits
         for dim, axis in zip((-3, -2, -1), axes, strict=True):
             if axis is not None:
                 x = extended(x, dim, axis.extension)
@@ -269,7 +269,7 @@ class BATBlock(Pretrained):
         start(self, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        clip_input("BATBlock", x, self.conv1, self.in_channels, self.dimensions)
+        clip_input("BATBlock", x, tensor_of(self.conv1, self), self.in_channels, self.dimensions)
         self.batransform.axes(x)  # refuses what it cannot take, before anything runs
         return self.dropout(self.conv2(self.batransform(self.conv1(x)))) + x
 

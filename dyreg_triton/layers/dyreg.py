@@ -14,7 +14,7 @@ from ..ops.region import pool_placed
 from ..pretrained import Pretrained
 from ..validate import choice, flag, layer_input, pair, positive_int, positive_number, profile_arguments
 from .generators import Fishnet, GloRe, node_weights
-from .leaves import read, tensor_of
+from .leaves import first_readable, in_full_precision, readable, tensor_of
 from .norms import ChannelAffineNorm
 from .recurrence import RECURRENCES, over_time
 from .recurrence import recurrence as make_recurrence
@@ -147,8 +147,11 @@ class DynamicGraph(nn.Module):
         if self.train_size != self.size:
             maps = F.adaptive_avg_pool2d(maps, self.train_size)
         if self.generator == "fc":
-            weight, bias = read(self.global_conv[0], nn.Conv2d)
-            maps = F.linear(self.fishnet(maps).flatten(1), weight.flatten(1), bias)
+            maps, conv = self.fishnet(maps), first_readable(self.global_conv, nn.Conv2d)
+            if conv is None:
+                maps = self.global_conv(maps).flatten(1)
+            else:
+                maps = F.linear(maps.flatten(1), conv.weight.flatten(1), conv.bias)
             latent = maps.unflatten(1, (self.num_nodes, -1))
         else:
             latent = self.glore(maps)
@@ -165,9 +168,12 @@ class DynamicGraph(nn.Module):
             return torch.zeros(self.num_nodes, 4, dtype=wide, device=features.device)
         latent = self.latent(features) if variant.sees else self.region_latent
         with full_precision(features.device.type):  # a lowered region moves its nodes by percents
-            wide = torch.promote_types(latent.dtype, torch.float32)
-            weight, bias = read(self.offset_pred, nn.Linear)
-            offsets = F.linear(latent.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+            wide, linear = torch.promote_types(latent.dtype, torch.float32), readable(self.offset_pred, nn.Linear)
+            if linear is None:
+                offsets = in_full_precision(self.offset_pred, latent).to(wide)
+            else:
+                bias = linear.bias
+                offsets = F.linear(latent.to(wide), linear.weight.to(wide), None if bias is None else bias.to(wide))
             offsets = offsets * self.offset_alpha.to(wide)
             return offsets if variant.grows else F.pad(offsets[..., 2:], (2, 0))
 
@@ -201,7 +207,7 @@ class DynamicGraph(nn.Module):
         K W^T = pool(W.view(C, H, W)). At another size than the training one the kernel is averaged down first, which
         is linear too: its adjoint carries W up to this size.
         """
-        weight = read(self.kernel_projection1, nn.Linear)[0].unflatten(1, self.train_size)
+        weight = self.kernel_projection1.weight.unflatten(1, self.train_size)
         for axis, (large, small) in enumerate(zip(self.size, self.train_size, strict=True)):
             if large != small:
                 with full_precision(weight.device.type):
@@ -214,7 +220,7 @@ class DynamicGraph(nn.Module):
         """The features that nodes are pooled from: x (B, T, C, H, W), projected where the layer projects."""
         shape = (None, None, self.in_channels, *self.size)
         form = f"(B, T, {', '.join(map(str, shape[2:]))}) for in_channels {self.in_channels} and size {self.size}"
-        layer_input("DyReG", "x", x, tensor_of(self.kernel_projection1), shape, form)
+        layer_input("DyReG", "x", x, tensor_of(self.kernel_projection1, self), shape, form)
         if not self.project:
             return x
         return self.norm_dict["dynamic_graph_projection"](self.project_i3d_linear(x.flatten(0, 1))).unflatten(
@@ -223,11 +229,20 @@ class DynamicGraph(nn.Module):
 
     def pool(self, features: Tensor, regions: Tensor) -> Tensor:
         """The nodes before message passing, (B, T, N, node_channels)."""
+        embed = readable(self.kernel_projection1, nn.Linear)
         if self.variant is None:
-            nodes = regions.to(features.dtype).flatten(-2) @ (features + self.position_map()).flatten(-2).mT
-        else:
+            maps = features if embed is None else features + self.position_map()
+            nodes = regions.to(features.dtype).flatten(-2) @ maps.flatten(-2).mT
+        elif embed is not None:
             nodes = pool_placed(features, self.position_map(), regions, self.profile, self.temperature)
-        return nodes + self.kernel_projection1.bias.to(nodes.dtype)
+        else:
+            nodes = ops.region_pool(features, regions, profile=self.profile, temperature=self.temperature)
+        if embed is not None:
+            return nodes + embed.bias.to(nodes.dtype)
+        kernels = self.kernels(regions).to(features.dtype)
+        if self.train_size != self.size:
+            kernels = F.adaptive_avg_pool2d(kernels.flatten(0, 1), self.train_size).unflatten(0, kernels.shape[:2])
+        return nodes + self.kernel_projection1(kernels.flatten(-2)).to(nodes.dtype)
 
     def reason(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes after message passing (B, T, N, node_channels), and the regions (B, T, N, 4)."""
@@ -237,15 +252,17 @@ class DynamicGraph(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         nodes, regions = self.reason(x)
-        if self.project:  # on N nodes, not on H*W cells; the bias stays outside, for the kernels do not sum to one
-            weight, bias = read(self.project_back_i3d_linear, nn.Conv2d)
-            nodes = F.linear(nodes, weight.flatten(1))
+        back = readable(self.project_back_i3d_linear, nn.Conv2d) if self.project else None
+        if back is not None:  # on N nodes, not on H*W cells; the bias stays outside, for the kernels do not sum to one
+            nodes = F.linear(nodes, back.weight.flatten(1))
         if self.variant is None:
             y = (nodes.mT @ regions.to(nodes.dtype).flatten(-2)).unflatten(-1, self.size)
         else:
             y = ops.region_remap(nodes, regions, self.size, profile=self.profile, temperature=self.temperature)
-        if self.project:
-            y = y + bias.to(y.dtype).view(-1, 1, 1)
+        if back is not None:
+            y = y + cast(Tensor, back.bias).to(y.dtype).view(-1, 1, 1)
+        elif self.project:
+            y = self.project_back_i3d_linear(y.flatten(0, 1)).unflatten(0, y.shape[:2])
         return y, regions
 
 

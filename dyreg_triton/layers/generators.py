@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .leaves import read
+from .leaves import readable
 from .norms import ChannelAffineNorm
 
 
@@ -133,5 +133,7 @@ class GloRe(nn.Module):
         weights = node_weights(self.mask_conv(x), self.weights_over).flatten(2).to(x.dtype)
         positions = self.sin_pos_emb_proj(self.pos_emb_buf.to(x.dtype)[None])
         pooled = weights @ (x + positions.to(x.dtype)).flatten(2).mT
-        weight, bias = read(self.update, nn.Conv1d)
-        return F.linear(pooled, weight.squeeze(-1), bias)
+        update = readable(self.update, nn.Conv1d)
+        if update is None:
+            return self.update(pooled.mT).mT
+        return F.linear(pooled, update.weight.squeeze(-1), update.bias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,6 +11,7 @@ from ..layouts import memory_format
 from ..pretrained import Pretrained
 from ..validate import choice, flag, is_integer, positive_int, what
 from .bat import clip_input, convolution, start
+from .leaves import tensor_of
 
 NORMS = ("batch", "group", "none")
 
@@ -37,7 +40,7 @@ class NonLocalBlock(Pretrained):
     """Non-local block: every position attends to all others, y = x + W(softmax(theta(x)^T phi(x) / sqrt(c)) g(x)).
 
     The attention is torch's scaled_dot_product_attention, which stores no weights. Parameters have the published names
-    and shapes. It starts as the identity: the norm, or W without one, is 0.
+    and shapes. It starts as the identity: the norm's scale, or W without one, is 0, and with `zero_init` W in any case.
 
     Args:
         in_channels: channels of x.
@@ -47,7 +50,8 @@ class NonLocalBlock(Pretrained):
         sub_sample: whether phi and g are of a maximum over two cells along each axis but time.
         scale: whether scores are divided by sqrt(c).
         norm: after W: "batch", "group" (32 groups, or as many as divide in_channels) or "none".
-        zero_init: whether W's convolution starts at 0 too, where there is a norm.
+        zero_init: whether W's convolution starts at 0 and the norm's scale at 1, not the other way round: were both 0,
+            neither would ever have a gradient.
 
     Shapes: x (B, C, *), any strides -> y of the same shape. B may be 0.
 
@@ -103,16 +107,13 @@ class NonLocalBlock(Pretrained):
             self.init_modules()
 
     def init_modules(self) -> None:
-        """Start as published."""
-        start(self, 0.0)
-        if isinstance(self.W, nn.Sequential):
-            first: nn.Module = self.W[0]
-            nn.init.normal_(first.weight, 0.0, 0.0 if self.zero_init else 0.01)  # type: ignore[arg-type]
-        else:
-            nn.init.zeros_(self.W.weight)  # type: ignore[arg-type]
+        """Start as the identity."""
+        start(self, 1.0 if self.zero_init else 0.0)
+        last: Any = self.W[0] if isinstance(self.W, nn.Sequential) else self.W
+        nn.init.normal_(last.weight, 0.0, 0.0 if self.zero_init or last is self.W else 0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        clip_input("NonLocalBlock", x, self.theta, self.in_channels, self.dimensions)
+        clip_input("NonLocalBlock", x, tensor_of(self.theta, self), self.in_channels, self.dimensions)
         if self.sub_sample and min(x.shape[-2:] if self.dimensions > 1 else x.shape[-1:]) < 2:
             raise ValueError(f"NonLocalBlock: x is {what(x)}; accepted with sub_sample is two cells or more a side")
         y = embedded_gaussian(self.theta(x), self.phi(x), self.g(x), self.heads, self.scale)

@@ -8,6 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .leaves import readable
+
+
+def is_affine(norm: nn.Module) -> bool:
+    """Whether `standardise` and then `affine` do all that a call of `norm` does."""
+    inner = norm._modules.get("norm")
+    if inner is None:
+        return readable(norm, ChannelAffineNorm) is not None
+    published = {*norm._parameters} == {"scale", "bias"} and {*norm._modules} == {"norm"}
+    return published and readable(norm, type(norm)) is not None and readable(inner, nn.LayerNorm) is not None
+
 
 def standardise(norm: nn.Module, x: Tensor, dims: int) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the last `dims` dimensions.

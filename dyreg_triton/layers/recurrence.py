@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from ..autocast import lowered
 
 RECURRENCES = ("gru", "lstm")
 
@@ -16,6 +17,8 @@ def recurrence(kind: str, channels: int) -> nn.RNNBase:
 def over_time(rnn: nn.RNNBase, nodes: Tensor) -> Tensor:
     """Run `rnn` along T of nodes (B, T, N, C), each node a sequence of its own."""
     if nodes.numel() == 0:  # torch's recurrences refuse an empty batch; gradients are 0 and not absent, as DDP needs
-        return nodes + torch.stack([weight.sum() for weight in rnn.parameters()]).sum().to(nodes.dtype) * 0
+        return sum((weight.sum().to(nodes.dtype) * 0 for weight in rnn.parameters()), nodes)
     sequences = nodes.transpose(1, 2).flatten(0, 1)
+    if isinstance(rnn, nn.LSTM):  # as autocast does inside, where torch's way for a CPU without AVX-512 then fails
+        sequences = lowered(sequences)
     return rnn(sequences)[0].unflatten(0, (nodes.shape[0], nodes.shape[2])).transpose(1, 2)

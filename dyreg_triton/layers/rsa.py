@@ -14,7 +14,7 @@ from .. import ops
 from ..autocast import full_precision
 from ..pretrained import Pretrained
 from ..validate import choice, flag, is_integer, layer_input, positive_int, triple, what
-from .leaves import read, tensor_of
+from .leaves import tensor_of, weight_of
 
 KINDS = ("V", "R", "V+R")
 EPS = 1e-6  # under the square root of the L2 norms, as published
@@ -155,13 +155,13 @@ class RSA(Pretrained):
         h1 = self.H1
         if h1 is not None:
             each = self.key_channels // self.correlation_groups
-            h1 = read(h1, nn.Conv3d)[0][:, 0].unflatten(0, (self.correlation_groups, 1, self.latent_channels))
+            h1 = weight_of(self, "H1", nn.Conv3d)[:, 0].unflatten(0, (self.correlation_groups, 1, self.latent_channels))
             h1 = h1.expand(-1, each, -1, -1, -1, -1).flatten(0, 1)
         parameters = {
             "h1": h1,
             "p1": None if self.P1 is None else self.P1[0],
-            "h2": read(self.H2, nn.Conv3d)[0][:, 0],
-            "g": None if self.G is None else read(self.G, nn.Conv3d)[0][:, 0],
+            "h2": weight_of(self, "H2", nn.Conv3d)[:, 0],
+            "g": None if self.G is None else weight_of(self, "G", nn.Conv3d)[:, 0],
             "identity": None if self.I is None else self.I[0],
         }
         return {name: None if p is None else p.to(dtype) for name, p in parameters.items()}
@@ -215,7 +215,7 @@ class RSA(Pretrained):
 
     def _check(self, x: Tensor) -> None:
         form = f"(B, {self.in_channels}, T, H, W) for in_channels {self.in_channels}, T, H and W > 0"
-        layer_input("RSA", "x", x, tensor_of(self.projection), (None, self.in_channels, None, None, None), form)
+        layer_input("RSA", "x", x, tensor_of(self.projection, self), (None, self.in_channels, None, None, None), form)
         if 0 in x.shape[2:]:
             raise ValueError(f"RSA: x is {what(x)}; accepted is {form}")
 

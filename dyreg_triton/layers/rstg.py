@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from ..pretrained import Pretrained
 from ..validate import choice, is_integer, layer_input, positive_int
-from .leaves import read, tensor_of
-from .norms import ChannelAffineNorm, affine, standardise
+from .leaves import first_readable, tensor_of
+from .norms import ChannelAffineNorm, affine, is_affine, standardise
 from .recurrence import RECURRENCES, over_time
 from .recurrence import recurrence as make_recurrence
 
@@ -38,6 +38,7 @@ class RSTG(Pretrained):
 
     All iterations share their weights. The first layer of the message MLP is linear in its two inputs, so it runs
     once per node and not once per pair; the norm's scale and bias commute with the average, so they act on its result.
+    Where a hook, or a forward that is not nn.Linear's, would not see that, each pair is formed and given to it.
 
     Args:
         channels: channels C of a node.
@@ -101,30 +102,41 @@ class RSTG(Pretrained):
 
     def messages(self, nodes: Tensor) -> Tensor:
         """Messages before their normalisation: (B, T, receivers N, senders N, C)."""
-        weight, bias = read(self.send_mlp[0], nn.Linear)
+        first = first_readable(self.send_mlp, nn.Linear)
+        if first is None:
+            sender, receiver = nodes.unsqueeze(2), nodes.unsqueeze(3)
+            if self.combine == "sum":
+                return self.send_mlp(sender + receiver)
+            return self.send_mlp(torch.cat(torch.broadcast_tensors(sender, receiver), dim=-1))
         if self.combine == "sum":
-            sender = receiver = F.linear(nodes, weight)
+            sender = receiver = F.linear(nodes, first.weight)
         else:
-            of_sender, of_receiver = weight.split(self.channels, dim=1)
+            of_sender, of_receiver = first.weight.split(self.channels, dim=1)
             sender, receiver = F.linear(nodes, of_sender), F.linear(nodes, of_receiver)
-        hidden = (receiver + bias).unsqueeze(3) + sender.unsqueeze(2)
+        hidden = (receiver + first.bias).unsqueeze(3) + sender.unsqueeze(2)
         return self.send_mlp[1:](hidden)
 
     def space(self, nodes: Tensor) -> Tensor:
         """One round of messages and updates within each frame."""
         norm = self.norm_dict["send_message_norm"]
-        messages = standardise(norm, self.messages(nodes), 3)
+        messages = self.messages(nodes)
+        late = is_affine(norm)  # scale and bias commute with an average of messages, which is smaller
+        messages = standardise(norm, messages, 3) if late else norm(messages)
         if self.aggregation == "dot":
             weights = torch.softmax(self.att_q(nodes) @ self.att_k(nodes).mT, dim=-1).to(messages.dtype)
-            received = torch.relu(affine(norm, (weights.unsqueeze(-1) * messages).sum(3)) + self.att_bias)
+            received = (weights.unsqueeze(-1) * messages).sum(3)
+            received = torch.relu((affine(norm, received) if late else received) + self.att_bias)
         else:
-            received = affine(norm, messages.mean(3))
+            received = messages.mean(3)
+            received = affine(norm, received) if late else received
         both = nodes + received if self.combine == "sum" else torch.cat([nodes, received.to(nodes.dtype)], dim=-1)
         return self.norm_dict["update_norm"](self.update_mlp(both))
 
     def forward(self, nodes: Tensor) -> Tensor:
         form = f"(B, T, N, {self.channels}) for channels {self.channels}"
-        layer_input("RSTG", "nodes", nodes, tensor_of(self.internal_lstm), (None, None, None, self.channels), form)
+        layer_input(
+            "RSTG", "nodes", nodes, tensor_of(self.internal_lstm, self), (None, None, None, self.channels), form
+        )
         nodes = self.norm_dict["before_graph_norm"](nodes)
         for _ in range(self.iterations):
             if self.order == "time-space":

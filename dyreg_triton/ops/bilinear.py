@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, tuning
-from ..autocast import lowered
+from ..autocast import beside, lowered
 from ..eager import bilinear as eager
 from ..layouts import memory_format
 from ..tuning import calls
@@ -54,12 +54,13 @@ def bilinear_transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None = None)
         ValueError: a wrong rank, shape or device; sizes that do not divide.
         RuntimeError: the backend asked for cannot run here.
     """
-    tensors = {"x": x, "p": p, "q": q, "t": t}
+    tensors: dict[str, Any] = {"x": x, "p": p, "q": q, "t": t}
     too_large = checked(_OP, lambda: _beyond(tensors), tensors.values())
     x = lowered(x)
+    p, q, t = beside(p, x), beside(q, x), None if t is None else beside(t, x)
     name = choose_within(_OP, x, too_large, tuning.BILINEAR_LIMIT, tensors)
     if calls.recorders:
-        calls.note(_OP, tensors | {"x": x})
+        calls.note(_OP, {"x": x, "p": p, "q": q, "t": t})
     if name == "reference":
         return reference.bilinear_transform(x, p, q, t)
     if name == "eager":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, tuning
-from ..autocast import lowered
+from ..autocast import beside, lowered
 from ..dispatch import choose
 from ..eager import region as eager
 from ..launch import Launch, accumulator, leading, map_layout, planned, precision, register_limit, wider
@@ -90,6 +90,7 @@ def pool_placed(x: Tensor, position: Tensor | None, regions: Tensor, profile: st
     """
     region_arguments("region_pool", regions, profile, temperature, x=x)
     x = lowered(x)
+    regions = beside(regions, x)
     name = choose("region_pool", x, {"x": x, "regions": regions})
     if calls.recorders:
         calls.note("region_pool", {"x": x, "regions": regions}, profile=profile, temperature=temperature)
@@ -126,6 +127,7 @@ def region_remap(
     """
     size = region_arguments("region_remap", regions, profile, temperature, nodes=nodes, size=size)
     nodes = lowered(nodes)
+    regions = beside(regions, nodes)
     name = choose("region_remap", nodes, {"nodes": nodes, "regions": regions, "size": size})
     if calls.recorders:
         tensors = {"nodes": nodes, "regions": regions}

@@ -14,6 +14,7 @@ from ..autocast import autocast_is_on
 
 PROFILES = ("linear", "gaussian", "log-linear")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CAST = FLOATS[:3]  # by autocast, which leaves float64 as it is
 _CELLS = 2**40  # a map, or grid, of more fits into no memory; torch would fill an axis of it before it says so
 _SMALLEST, _LARGEST = 1e-15, 1e15  # of a factor; its square is within float32
 
@@ -63,10 +64,13 @@ def flag(op: str, name: str, value: object) -> bool:
     return value
 
 
-def layer_input(op: str, name: str, x: object, parameter: Tensor, shape: tuple[int | None, ...], form: str) -> None:
-    """Check a layer's input: a dense tensor of this shape (None is any size) and of the layer's dtype.
+def layer_input(
+    op: str, name: str, x: object, parameter: Tensor | None, shape: tuple[int | None, ...], form: str
+) -> None:
+    """Check a layer's input: a dense tensor of this shape (None is any size), and of the parameter's dtype and device.
 
-    Under autocast any floating dtype will do. `form` says the accepted shape in words.
+    Under autocast, and without a parameter to tell by, any but float64 will do, which autocast does not cast. `form`
+    says the accepted shape in words.
     """
     if not is_dense(x):
         given = what(x) if isinstance(x, Tensor) else type(x).__name__
@@ -74,13 +78,20 @@ def layer_input(op: str, name: str, x: object, parameter: Tensor, shape: tuple[i
     wrong = (want is not None and want != have for want, have in zip(shape, x.shape, strict=False))
     if x.dim() != len(shape) or any(wrong):
         raise ValueError(f"{op}: {name} is {what(x)}; accepted is {form}")
-    if x.device != parameter.device:
+    dtype = None if parameter is None else parameter.dtype
+    if parameter is not None and x.device != parameter.device:
         raise ValueError(f"{op}: {name} is {what(x)}; accepted is the layer's device, {parameter.device}")
-    if x.dtype != parameter.dtype and not (x.is_floating_point() and autocast_is_on(x.device.type)):
+    cast = dtype is None or (autocast_is_on(x.device.type) and dtype != torch.float64)
+    if cast and dtype not in (None, torch.float32, torch.get_autocast_dtype(x.device.type)):
         raise TypeError(
-            f"{op}: {name} is {what(x)}; accepted is the layer's dtype, {str(parameter.dtype)[6:]}, "
-            "or any floating dtype under autocast"
+            f"{op}: {name} is {what(x)}, of a layer in {str(dtype)[6:]}; accepted under autocast to "
+            f"{str(torch.get_autocast_dtype(x.device.type))[6:]} is a layer in that dtype or in float32"
         )
+    if x.dtype not in _CAST if cast else x.dtype != dtype:
+        own = "" if dtype is None else f"the layer's dtype, {str(dtype)[6:]}"
+        under = ", or under autocast " if dtype in _CAST else ""
+        any_of = "" if dtype == torch.float64 else "float16, bfloat16 or float32"
+        raise TypeError(f"{op}: {name} is {what(x)}; accepted is {own}{under}{any_of}")
 
 
 def _of(call: Mapping[str, object] | None) -> str:
