@@ -13,6 +13,7 @@ import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -435,21 +436,30 @@ def test_a_public_function_is_pickled_by_its_name(name: str) -> None:
 # --- copies ---------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def telling(way: str) -> Iterator[None]:
+    """Which copy it is that fails."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{way}: {error}") from error
+
+
 @on_objects
 def test_copies_are_and_do_the_same(name: str) -> None:
     row = OBJECTS[name]
     if name.startswith("viz.draw") or name == "viz.save":
         pytest.importorskip("PIL", reason="pip install 'dyreg-triton[viz]'")
     thing = row.make()
-    for way, copied in {"copy": copy.copy, **DEEP}.items():
-        twin = copied(thing)
-        try:
+    twins = {way: copied(thing) for way, copied in {"copy": copy.copy, **DEEP}.items()}  # before it acts
+    for way, twin in twins.items():
+        with telling(way):
             assert_alike(twin, thing)
             shared = set(memory(twin)) & set(memory(thing))
             assert shared == (set(memory(thing)) if way == "copy" else set()), "memory"
+    for way, twin in twins.items():
+        with telling(way):
             assert_alike(row.acts(twin), row.acts(thing))
-        except AssertionError as error:
-            raise AssertionError(f"{way}: {error}") from error
 
 
 @pytest.mark.parametrize("name", REFUSED)
