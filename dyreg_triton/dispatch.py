@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from typing import NoReturn, SupportsIndex
 
 import torch
 
@@ -38,7 +39,8 @@ class backend:  # lower case because it is used as `with dt.backend("eager"):`
     An op's backward uses its forward's choice. Activation checkpointing runs the forward again during backward, under
     what is set then: write `with dt.backend(name):` inside the checkpointed function.
 
-    Raises ValueError for a name other than "auto", "triton", "eager" and "reference".
+    Raises ValueError for a name other than "auto", "triton", "eager" and "reference"; TypeError where the setting
+    itself is copied or pickled, for it belongs to its thread.
     """
 
     def __init__(self, name: str):
@@ -58,6 +60,12 @@ class backend:  # lower case because it is used as `with dt.backend("eager"):`
 
     def __exit__(self, *_: object) -> None:
         _state.name = self._formers.pop()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            f"backend: a setting of one thread cannot be copied or pickled; accepted is dt.backend({self.name!r}) "
+            "where it shall hold"
+        )
 
 
 def current_backend() -> str:

@@ -7,12 +7,14 @@ import copy
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import pickletools
 import random
 import re
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
@@ -27,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dyreg_triton as dt
@@ -345,6 +347,169 @@ def test_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert found == [1.5] * 80
+
+
+# --- saved again ----------------------------------------------------------------------------------------------------
+
+
+def released_checkpoint(folder: Path) -> Checkpoint:
+    """With something in every attribute, tensors that share memory, and one that is not contiguous."""
+    base = torch.arange(12.0)
+    graph = "module.P.dynamic_graph."
+    state = {
+        graph + "offset_alpha": base[2:6],
+        graph + "ph": torch.ones(3, 4, 1),
+        "module.P.block.weight": base.view(3, 4).t(),
+        "module.head.weight": torch.zeros(0, 3),
+        "module.head.scale": torch.tensor([1.5, math.nan]).half(),
+    }
+    content = {"epoch": 3, "best_prec1": np.float64(51.6), "state_dict": {**state, "module.version": 2}}
+    checkpoint = load_checkpoint(written(folder / "released.pth", content))
+    assert checkpoint.renamed
+    assert list(checkpoint.dropped) == [graph + "ph"]
+    assert checkpoint.extra == {"epoch": 3, "best_prec1": 51.6, "state_dict": {"module.version": 2}}
+    return checkpoint
+
+
+def assert_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    for name, t in expected.items():
+        dt.testing.assert_identical(actual[name], t, name)
+        assert actual[name].stride() == t.stride()
+
+
+def assert_same_checkpoint(actual: Checkpoint, expected: Checkpoint) -> None:
+    assert type(actual) is type(expected) is Checkpoint
+    assert_bits(actual, expected)
+    assert repr(actual) == repr(expected)
+    for name in ("path", "published", "extra", "renamed"):
+        assert getattr(actual, name) == getattr(expected, name)
+    assert list(actual.dropped) == list(expected.dropped)
+    for one, other in zip(actual.dropped.values(), expected.dropped.values(), strict=True):
+        assert type(one) is type(other)
+        assert one.why == other.why
+        assert one.tensor.equal(other.tensor)
+
+
+@pickled
+def test_a_saved_checkpoint_is_a_plain_state_dict(zipped: bool, tmp_path: Path) -> None:
+    """By itself and inside of other things, for the reader that runs nothing and for the other one."""
+    checkpoint = released_checkpoint(tmp_path)
+    path = written(tmp_path / "again.pth", checkpoint, zipped)
+    for weights_only in (True, False):
+        plain = torch.load(path, weights_only=weights_only)
+        assert type(plain) is collections.OrderedDict
+        assert not vars(plain)
+        assert_bits(plain, checkpoint)
+    assert plain["P.0.block.weight"].untyped_storage().nbytes() == 48  # shared, and in the file once
+    places = {
+        plain[name].untyped_storage().data_ptr() for name in ("P.1.dynamic_graph.offset_alpha", "P.0.block.weight")
+    }
+    assert len(places) == 1
+    again = load_checkpoint(path)
+    assert_bits(again, checkpoint)
+    assert (again.extra, again.renamed, again.dropped) == ({}, {}, {})
+    nested = {"model": [checkpoint], "epoch": 4, "renamed": checkpoint.renamed, "dropped": checkpoint.dropped}
+    plain = torch.load(written(tmp_path / "nested.pth", nested, zipped), weights_only=True)
+    assert_bits(plain["model"][0], checkpoint)
+    assert plain["renamed"] == checkpoint.renamed
+    for name, entry in checkpoint.dropped.items():
+        assert list(plain["dropped"][name]) == ["why", "tensor"]
+        assert plain["dropped"][name]["why"] == entry.why
+        assert plain["dropped"][name]["tensor"].equal(entry.tensor)
+
+
+@pickled
+def test_a_checkpoint_is_saved_with_what_else_was_in_its_file(zipped: bool, tmp_path: Path) -> None:
+    checkpoint = released_checkpoint(tmp_path)
+    path = written(tmp_path / "again.pth", {**checkpoint.extra, "state_dict": checkpoint}, zipped)
+    again = load_checkpoint(path)
+    assert_bits(again, checkpoint)
+    assert again.extra == {"epoch": 3, "best_prec1": 51.6}
+    with pytest.raises(pickle.UnpicklingError, match="numpy"):  # the scalar, as in the first file
+        torch.load(path, weights_only=True)
+
+
+WHOLE: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{
+        f"pickle {protocol}": lambda c, protocol=protocol: pickle.loads(pickle.dumps(c, protocol))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+        if protocol != 2
+    },
+    "pickle": lambda c: pickle.loads(pickle.dumps(c)),
+    "the other pickler": lambda c: pickle._loads(pickle._dumps(c)),  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.parametrize("copied", WHOLE.values(), ids=WHOLE)
+def test_copies_of_a_checkpoint_are_whole(copied: Callable[[Any], Any], tmp_path: Path) -> None:
+    checkpoint = released_checkpoint(tmp_path)
+    twin = copied(checkpoint)
+    assert_same_checkpoint(twin, checkpoint)
+    model = nn.ModuleDict({"head": nn.ParameterDict({"scale": torch.zeros(2)})})
+    assert twin.load_into(model, strict=False).loaded == ("head.scale",)
+    assert model["head"]["scale"][0] == 1.5
+    names = [name for name in checkpoint if checkpoint[name].numel()]
+    shared = [twin[name].data_ptr() == checkpoint[name].data_ptr() for name in names]
+    assert shared == [copied is copy.copy] * len(names)
+    twin["more"] = torch.ones(1)
+    assert "more" not in checkpoint
+    assert (twin.extra is checkpoint.extra) == (copied is copy.copy)
+
+
+def test_pickle_in_torchs_protocol_is_what_torch_saves(tmp_path: Path) -> None:
+    checkpoint = released_checkpoint(tmp_path)
+    plain = pickle.loads(pickle.dumps(checkpoint, 2))
+    assert type(plain) is collections.OrderedDict
+    assert_bits(plain, checkpoint)
+
+
+def test_dicts_made_of_a_checkpoint_are_plain(tmp_path: Path) -> None:
+    checkpoint = released_checkpoint(tmp_path)
+    for plain in (dict(checkpoint), checkpoint.copy(), checkpoint | {}, {**checkpoint}):
+        assert type(plain) is dict
+        assert_bits(plain, checkpoint)
+
+
+def test_a_checkpoint_in_safetensors(tmp_path: Path) -> None:
+    """It takes the dict itself; what shares memory or is not contiguous it refuses, and clones of that it takes."""
+    path = tmp_path / "x.safetensors"
+    checkpoint = load_checkpoint(written(tmp_path / "x.pth", small_state()))
+    save_file(checkpoint, path)
+    assert_bits(load_file(path), {name: checkpoint[name] for name in load_file(path)})
+    assert set(load_file(path)) == set(checkpoint)
+    checkpoint = released_checkpoint(tmp_path)
+    path.unlink()
+    tied = load_checkpoint(written(tmp_path / "tied.pth", {"a": (t := torch.ones(2)), "b": t}))
+    strided = load_checkpoint(written(tmp_path / "strided.pth", {"a": torch.ones(2, 3).t()}))
+    for refused, why in ((tied, "share memory"), (strided, "non contiguous"), (checkpoint, "")):
+        with pytest.raises((RuntimeError, ValueError), match=why):
+            save_file(refused, path)
+        assert not path.exists()
+    save_file({name: t.clone(memory_format=torch.contiguous_format) for name, t in checkpoint.items()}, path)
+    again = load_checkpoint(path)
+    assert set(again) == set(checkpoint)
+    for name, t in checkpoint.items():
+        dt.testing.assert_identical(again[name], t, name)
+
+
+@pytest.mark.slow
+def test_a_saved_checkpoint_opens_without_this_library(tmp_path: Path) -> None:
+    checkpoint = released_checkpoint(tmp_path)
+    written(tmp_path / "x.pth", {"state": checkpoint, "dropped": checkpoint.dropped})
+    code = (
+        "import sys; sys.modules['dyreg_triton'] = None; import torch; "
+        "found = torch.load('x.pth', weights_only=True); "
+        "print(*found['state'], *(list(entry) for entry in found['dropped'].values()))\n"
+        "try: import dyreg_triton\n"
+        "except ImportError: print('not here')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines() == [f"{' '.join(checkpoint)} ['why', 'tensor']", "not here"]
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

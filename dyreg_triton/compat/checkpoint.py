@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,22 @@ _COMPUTED = {"ph_buf", "pw_buf", "arange_h_buf", "arange_w_buf", "pos_emb_buf"}
 _CONSTANTS = {"ph", "pw", "arange_h", "arange_w", "fix_offsets", "const_dh_ones", "const_dw_ones"}
 _CONSTANTS |= {"const_dh_ones_buf", "const_dw_ones_buf"}
 
+_TORCH_SAVES = 2  # the pickle protocol of torch.save, and the only one that its weights_only reader takes
+
+
+def _plainly(items: Mapping[str, Any]) -> tuple[Any, ...]:
+    """How to pickle a mapping as an OrderedDict, which weights_only reads, and a process without this library too."""
+    return OrderedDict, (), None, None, iter(items.items())
+
 
 class Dropped(NamedTuple):
-    """An entry of the file that is left out of the checkpoint."""
+    """An entry of the file that is left out of the checkpoint; torch.save writes it as a dict of the two."""
 
     why: str
     tensor: Tensor
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        return _plainly(self._asdict()) if protocol == _TORCH_SAVES else tuple.__reduce_ex__(self, protocol)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,10 @@ class LoadReport:
 class Checkpoint(dict[str, Tensor]):
     """A state_dict (name -> tensor on the CPU) as `load_checkpoint` read it, under today's names.
 
+    torch.save writes the state_dict alone, a plain OrderedDict without the attributes, so that torch.load reads it
+    with weights_only=True and without this library; so does pickle in torch.save's protocol, 2. Other pickles, copy
+    and deepcopy give a Checkpoint with all of its attributes.
+
     Attributes:
         path: the file.
         published: whose network its keys look like: "DyReG", "RSA", "BAT", "TSM", "ResNet" or None.
@@ -106,6 +121,9 @@ class Checkpoint(dict[str, Tensor]):
             f"Checkpoint({self.path!r}: {len(self)} tensors, published {self.published!r}, extra {list(self.extra)}, "
             f"{len(self.renamed)} renamed, {len(self.dropped)} dropped)"
         )
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        return _plainly(self) if protocol == _TORCH_SAVES else super().__reduce_ex__(protocol)
 
     def load_into(self, model: nn.Module, *, strict: bool = True) -> LoadReport:
         """Copy the tensors into `model`, or into the module that DataParallel, DDP or torch.compile wraps.

@@ -86,7 +86,7 @@ def swap(
                 raise SwapError(f"swap: {different(wrong)}", report)
         place.put(ours=True)
         place.forget()
-        report._restore = place.restore
+        report._restore = functools.cache(place.restore)  # once, of the report and its shallow copies together
         return report
 
 

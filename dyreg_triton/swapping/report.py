@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -65,12 +66,20 @@ class SwapReport:
     left: tuple[Left, ...]
     already: tuple[str, ...]
     whole: Swapped | None = None
-    _restore: Callable[[], None] | None = field(default=None, repr=False)
+    _restore: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    def __copy__(self) -> SwapReport:
+        return replace(self)  # the same model, and the same way back
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deep copies and pickles, which have another model: all but the way back, which is that of this one."""
+        return {**self.__dict__, "_restore": None if self._restore is None else _not_from_a_copy}
 
     def undo(self) -> None:
         """Put the original modules back, with what was changed since: values, modes, hooks. Once is enough.
 
-        Raises RuntimeError where none of ours is in the model, as after a later swap of what holds it: undo that first.
+        Raises RuntimeError where none of ours is in the model, as after a later swap of what holds it: undo that first;
+        and of a deep copy or pickle of a report, which tells what was done, of a model that was never swapped itself.
         """
         if self._restore is not None:
             self._restore()
@@ -117,6 +126,16 @@ class SwapError(ValueError):
     def __init__(self, message: str, report: SwapReport):
         super().__init__(message)
         self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.report), self.__dict__  # an exception's own would give `args` alone
+
+
+def _not_from_a_copy() -> None:
+    raise RuntimeError(
+        "undo: this report is a deep copy or came from a pickle; accepted is the one that swap returned, whose model "
+        "was swapped"
+    )
 
 
 def _reasons(left: tuple[Left, ...]) -> list[str]:

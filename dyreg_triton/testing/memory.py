@@ -81,6 +81,16 @@ class Guarded:
             self.tensor.copy_(values)
         self._before = self.buffer.clone()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The tensor as a place in the buffer: pickle would give it memory of its own, and `check` see nothing."""
+        t = self.tensor
+        return {**self.__dict__, "tensor": (t.shape, t.stride(), t.storage_offset(), t.requires_grad)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        shape, strides, start, wants_gradient = state["tensor"]
+        self.tensor = self.buffer.as_strided(shape, strides, start).requires_grad_(wants_gradient)
+
     def check(self, name: str = "input") -> None:
         """Fail if anything was written to the buffer."""
         assert_identical(self.buffer, self._before, f"memory of {name}")

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class use:  # lower case because it is used as `with dt.tuning.use(path):`
     one is reported once and ignored.
 
     Raises:
-        TypeError: path is no str, no os.PathLike and not None.
+        TypeError: path is no str, no os.PathLike and not None; or the setting itself is copied or pickled.
         ValueError: there is no such file.
     """
 
@@ -96,6 +96,13 @@ class use:  # lower case because it is used as `with dt.tuning.use(path):`
 
     def __exit__(self, *_: object) -> None:
         _set(self._formers.pop())
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        path = None if self.path is None else str(self.path)
+        raise TypeError(
+            f"use: a setting of one process cannot be copied or pickled; accepted is dt.tuning.use({path!r}) where it "
+            "shall hold"
+        )
 
 
 def _set(path: Path | None) -> None:
