@@ -53,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     if args.command == "compiled":
+        from dyreg_triton.installed import triton_fault
+
+        fault = triton_fault()
+        if fault is not None:
+            print(f"nothing is compiled: the package triton is {fault}", file=sys.stderr)
+            return 1
         if args.report:
             return importlib.import_module("bench.compiled.report").main(RESULTS / "compiled.jsonl")
         return importlib.import_module("bench.compiled").main(args.all, args.jobs)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import dyreg_triton
-from dyreg_triton.cli import version_of
 from dyreg_triton.gpu import gpu_of
+from dyreg_triton.installed import triton_version
 from dyreg_triton.tuning.lookup import tuned_by
 
 BEYOND_CACHES = {"cuda": 1 << 28, "cpu": 0}  # bytes of inputs that calls take in turns; a CPU's are found as they are
@@ -177,7 +177,7 @@ class Machine:
             "copy_bandwidth": self.bandwidth,
             "tuning": tuned_by(gpu_of(self.device)) if self.cuda else [],
             "torch": torch.__version__,
-            "triton": version_of("triton"),
+            "triton": triton_version(),
             "python": platform.python_version(),
             "dyreg_triton": dyreg_triton.__version__,
             "commit": _commit(),

@@ -24,26 +24,18 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def _triton_version() -> str:
-    # asked of the module: builds for other GPUs come under other package names
-    try:
-        import triton
-    except ImportError:
-        return "not installed"
-    return triton.__version__
-
-
 def environment() -> str:
     """What a bug report needs, one `name: value` a line, and which backend `auto` would choose and why."""
     import torch
 
     from . import __version__
     from .dispatch import BACKENDS, current_backend, why_not
+    from .installed import triton_version
 
     lines = {
         "dyreg_triton": __version__,
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": triton_version(),
         "numpy": version_of("numpy"),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..gpu import Gpu
+from ..installed import triton_version
 from .keys import Key
 from .rooms import ROOMS, from_json, kernel_hash, to_json
 
@@ -67,11 +68,10 @@ def _release(version: object) -> str:
 def versions() -> dict[str, str]:
     """What a file says of the software that it was measured with."""
     import torch
-    import triton
 
     from .. import __version__
 
-    return {"dyreg_triton": __version__, "torch": torch.__version__, "triton": triton.__version__}
+    return {"dyreg_triton": __version__, "torch": torch.__version__, "triton": triton_version()}
 
 
 def _parse(text: str, gpu: Gpu, packaged: bool) -> tuple[dict[Key, Entry], list[str]]:
