@@ -280,7 +280,8 @@ def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
 def _processor() -> str:
     """The processor's own name where Linux tells it: machines of one architecture are not one machine."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*:\s*(.+)$", told, re.M)
     except OSError:
         found = None
     return found.group(1).strip() if found else platform.machine()
@@ -291,7 +292,7 @@ def _commit() -> str:
     root = Path(__file__).parent
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, encoding="utf-8", check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
