@@ -382,6 +382,22 @@ def test_a_file_is_written_whole_or_not_at_all(writer: str, former: str | None, 
     assert path.stat().st_size > 4
 
 
+def test_rows_that_cannot_be_written_leave_their_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compiling took minutes."""
+    pytest.importorskip("triton")
+    compiled = importlib.import_module("bench.compiled.report")
+    monkeypatch.setattr(compiled, "rows", lambda _: [{"kernel": "k"}])
+    monkeypatch.setattr(compiled, "table", lambda found: f"a table of {len(found)}")
+    with full_disk():
+        assert compiled.main(tmp_path / "a.jsonl") == 1
+    out, err = capsys.readouterr()
+    assert out == "a table of 1\n"
+    assert "a.jsonl" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_class_of_an_error_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.mkdir()

@@ -160,12 +160,15 @@ def rows(jobs: int = 1) -> Iterator[dict[str, Any]]:
 def main(out: Path, jobs: int = 1) -> int:
     """Write the rows to `out`, whole or not at all, and print them; 1 if a kernel spills or does not fit."""
     found = list(rows(jobs))
-    print(table(found))  # first: it took minutes, and is there whether or not the rows can be written
+    unwritten = None
     try:
         with replacing(out) as temporary:
             temporary.write_text("".join(json.dumps(each) + "\n" for each in found), encoding="utf-8")
     except OSError as error:
-        print(error, file=sys.stderr)
+        unwritten = error
+    print(table(found))  # either way: it took minutes
+    if unwritten is not None:
+        print(unwritten, file=sys.stderr)
         return 1
     print(f"{len(found)} rows -> {out}")
     return 1 if any(each["spills"] or each["shared"] > each["shared_limit"] for each in found) else 0
