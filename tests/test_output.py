@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -409,7 +410,7 @@ def test_the_class_of_an_error_stays(tmp_path: Path) -> None:
 
 
 def test_two_threads_write_one_file(tmp_path: Path) -> None:
-    path, inside = tmp_path / "a.txt", threading.Barrier(2)
+    path, inside = tmp_path / "a.txt", threading.Barrier(2, timeout=600)
 
     def write(text: str) -> None:
         with replacing(path) as temporary:
@@ -417,11 +418,8 @@ def test_two_threads_write_one_file(tmp_path: Path) -> None:
             temporary.write_text(text, encoding="utf-8")
             inside.wait()
 
-    threads = [threading.Thread(target=write, args=(text * 1000,)) for text in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, ("a" * 1000, "b" * 1000)))  # which raises what they did
     assert path.read_text(encoding="utf-8") in ("a" * 1000, "b" * 1000)
     assert list(tmp_path.iterdir()) == [path]
 
