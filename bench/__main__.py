@@ -14,6 +14,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dyreg_triton.console import command
+
 if TYPE_CHECKING:
     from .measure import Machine
     from .rows import Check
@@ -24,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 BUDGET = 510.0  # seconds of `run all`, where none is given
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -53,6 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     if args.command == "compiled":
+        from dyreg_triton.installed import triton_fault
+
+        fault = triton_fault()
+        if fault is not None:
+            print(f"nothing is compiled: the package triton is {fault}", file=sys.stderr)
+            return 1
         if args.report:
             return importlib.import_module("bench.compiled.report").main(RESULTS / "compiled.jsonl")
         return importlib.import_module("bench.compiled").main(args.all, args.jobs)
@@ -76,7 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--budget is {args.budget}; accepted is a positive number of seconds")
     suites = SUITES if args.suite == "all" else (args.suite,)
     budget = args.budget or (BUDGET if args.suite == "all" else float("inf"))
-    return _run(Machine.here(args.device), suites, args.quick, args.out, start + budget)
+    try:
+        return _run(Machine.here(args.device), suites, args.quick, args.out, start + budget)
+    except OSError as error:  # a row that cannot be written; it names the file
+        print(error, file=sys.stderr)
+        return 1
 
 
 def _run(machine: Machine, suites: Iterable[str], quick: bool, out: Path | None, deadline: float) -> int:

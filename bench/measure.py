@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import dyreg_triton
-from dyreg_triton.cli import version_of
 from dyreg_triton.gpu import gpu_of
+from dyreg_triton.installed import triton_version
 from dyreg_triton.tuning.lookup import tuned_by
 
 BEYOND_CACHES = {"cuda": 1 << 28, "cpu": 0}  # bytes of inputs that calls take in turns; a CPU's are found as they are
@@ -177,7 +177,7 @@ class Machine:
             "copy_bandwidth": self.bandwidth,
             "tuning": tuned_by(gpu_of(self.device)) if self.cuda else [],
             "torch": torch.__version__,
-            "triton": version_of("triton"),
+            "triton": triton_version(),
             "python": platform.python_version(),
             "dyreg_triton": dyreg_triton.__version__,
             "commit": _commit(),
@@ -280,7 +280,8 @@ def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
 def _processor() -> str:
     """The processor's own name where Linux tells it: machines of one architecture are not one machine."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*:\s*(.+)$", told, re.M)
     except OSError:
         found = None
     return found.group(1).strip() if found else platform.machine()
@@ -291,7 +292,7 @@ def _commit() -> str:
     root = Path(__file__).parent
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, encoding="utf-8", check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

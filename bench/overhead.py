@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import dyreg_triton as dt
+from dyreg_triton.installed import triton_fault
 from dyreg_triton.launch import watched
 
 from . import bilinear, region, relational
@@ -127,6 +128,9 @@ def cells(kind: str, *, quick: bool) -> Iterator[Cell]:
 
 
 def _no_standin() -> str | None:
+    fault = triton_fault()
+    if fault is not None:
+        return f"the package triton is {fault}"
     try:
         from .standin import why_not
     except ImportError as error:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 from torch import Tensor
+
+from dyreg_triton.replacing import replacing
 
 from .measure import TOLERANCE, Machine, Times, relative_error, rotated
 
@@ -217,10 +218,8 @@ def append(path: Path, row: Row) -> None:
     Raises:
         ValueError: the row holds a number that is not finite, which JSON does not have.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with FileLock(Path(tempfile.gettempdir()) / f"bench-{hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]}.lock"):
-        former = path.read_text() if path.exists() else ""
-        partial.write_text(former + line)
-        os.replace(partial, path)
+        former = path.read_text(encoding="utf-8") if path.exists() else ""
+        with replacing(path) as temporary:
+            temporary.write_text(former + line, encoding="utf-8")

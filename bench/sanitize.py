@@ -23,6 +23,7 @@ from torch import Tensor
 
 import dyreg_triton as dt
 from dyreg_triton import dispatch
+from dyreg_triton.console import command
 from dyreg_triton.testing.bilinear import BilinearCase
 from dyreg_triton.testing.relational import RelationalCase
 
@@ -260,9 +261,14 @@ def run(device: torch.device) -> list[str]:
     ]
 
 
+@command
 def main() -> int:
+    """Run all checks; returns the exit status."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dispatch.can_run("triton", device=device, dtype=torch.float32, raise_error=True)
+    reason = dispatch.why_not("triton", device, torch.float32)
+    if reason is not None:
+        print(f"no kernel can be launched: {reason}", file=sys.stderr)
+        return 1
     problems = run(device)
     for problem in problems:
         print(problem, file=sys.stderr)

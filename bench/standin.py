@@ -115,7 +115,8 @@ def _library() -> tuple[ctypes.CDLL, str]:
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "libcuda.so.1"
             command = [str(_compiler()), "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
-            done = subprocess.run([*command, str(source), "-o", str(built)], capture_output=True, text=True)
+            command += [str(source), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
             if done.returncode:
                 raise RuntimeError(f"standin: {' '.join(command)} failed on {source}:\n{done.stderr}")
             path = cache.put(built.read_bytes(), "libcuda.so.1", binary=True)

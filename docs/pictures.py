@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import dyreg_triton as dt
 from dyreg_triton.demo import digits
+from dyreg_triton.replacing import replacing
 
 BACKGROUND, PANEL, TEXT, QUIET = "#10131a", "#1a1f2a", "#e8ebf2", "#8b93a5"
 COLORS = ("#ffb000", "#4cc9f0", "#ff5d8f")
@@ -48,7 +49,8 @@ def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)
-    Image.open(buffer).convert("RGB").save(path, "WEBP", quality=88, method=6)
+    with replacing(path) as temporary:
+        Image.open(buffer).convert("RGB").save(temporary, "WEBP", quality=88, method=6)
 
 
 # --- profiles -------------------------------------------------------------------------------------------------------

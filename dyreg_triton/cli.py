@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .tuning import command
+from .console import command
+from .tuning import command as tune
 from .viz import command as viz
 
 
@@ -24,26 +25,18 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def _triton_version() -> str:
-    # asked of the module: builds for other GPUs come under other package names
-    try:
-        import triton
-    except ImportError:
-        return "not installed"
-    return triton.__version__
-
-
 def environment() -> str:
     """What a bug report needs, one `name: value` a line, and which backend `auto` would choose and why."""
     import torch
 
     from . import __version__
     from .dispatch import BACKENDS, current_backend, why_not
+    from .installed import triton_version
 
     lines = {
         "dyreg_triton": __version__,
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": triton_version(),
         "numpy": version_of("numpy"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -146,8 +139,9 @@ def _swap(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     return str(report)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status, which `console` explains."""
     parser = argparse.ArgumentParser(prog="dyreg-triton", description="Fast, exact layers for video understanding.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("env", help="print what a bug report needs, and which backend would run here and why")
@@ -184,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="measure on this GPU which launch configs are fastest, and keep them in a file that every later run reads",
         epilog="What follows -- is the command line that the module of --from sees.",
     )
-    command.add_arguments(tuned, _factory, _shape, _device)
+    tune.add_arguments(tuned, _factory, _shape, _device)
     shown = commands.add_parser(
         "viz",
         help="draw what the bilinear attentional transforms in your model attend to, over a clip",
@@ -200,13 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = given[end + 1 :]
     try:
         if options.command == "tune":
-            return command.main(options, lambda factory: _model(factory, arguments))
+            return tune.main(options, lambda factory: _model(factory, arguments))
         if options.command == "viz":
             return viz.main(options, lambda factory: _model(factory, arguments))
         print(_swap(options, arguments))
-    except BrokenPipeError:  # whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (ValueError, TypeError, RuntimeError, OSError) as refusal:
         print(refusal, file=sys.stderr)
         return 1

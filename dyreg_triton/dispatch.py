@@ -7,7 +7,6 @@ Backends: `triton` (CUDA, or CPU when Triton's interpreter is on), `eager` (effi
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import NoReturn, SupportsIndex
 
 import torch
 
+from .installed import triton_fault
 from .validate import as_device, describe, flag
 
 BACKENDS = ("auto", "triton", "eager", "reference")
@@ -78,26 +78,36 @@ def _interpreted() -> bool:
     unset = os.environ.get("TRITON_INTERPRET", "").lower() in ("", "0", "false", "off", "no", "n")
     if unset and "dyreg_triton.kernels.common" not in sys.modules:
         return False
-    if importlib.util.find_spec("triton") is None:
+    if triton_fault() is not None:
         return False
     from .kernels.common import interpreted
 
     return interpreted()
 
 
+def runs(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether backend `name` can take tensors of this device and dtype."""
+    return name != "triton" or _why_not_triton(device, dtype) is None
+
+
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None where backend `name` can take tensors of this device and dtype, else the reason in words."""
-    return _why_not_triton(device, dtype) if name == "triton" else None
+    refusal = _why_not_triton(device, dtype) if name == "triton" else None
+    if refusal is None:
+        return None
+    # Another device or dtype would not help whoever has no triton, so that comes first.
+    fault = triton_fault()
+    return refusal if fault is None else f"the package triton is {fault}"
 
 
 # What torch.compiler.assume_constant_result sets; that function itself would import all of torch._dynamo for everybody.
+runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    # Where nobody wants the interpreter, tensors on the CPU are refused without a look at triton.
     interpreted = _interpreted()
     accepted = (*TRITON_DTYPES, torch.float64) if interpreted else TRITON_DTYPES
     if dtype not in accepted:
@@ -108,7 +118,8 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < MIN_CAPABILITY:
             return f"GPU {device} has compute capability {capability}; the kernels need {MIN_CAPABILITY} or later"
-        return None
+        fault = triton_fault()
+        return None if fault is None else f"the package triton is {fault}"
     if device.type == "cpu" and interpreted:
         return None
     return (
@@ -127,10 +138,10 @@ def can_run(name: str, *, device: torch.device | str, dtype: torch.dtype, raise_
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"can_run: dtype is {dtype!r}; accepted is a torch.dtype")
     flag("can_run", "raise_error", raise_error)
-    reason = why_not(name, as_device("can_run", device), dtype)
-    if reason is not None and raise_error:
+    device = as_device("can_run", device)
+    if raise_error and (reason := why_not(name, device, dtype)) is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
-    return reason is None
+    return runs(name, device, dtype)
 
 
 def choose(op: str, features: torch.Tensor, call: Mapping[str, object]) -> str:
@@ -138,7 +149,7 @@ def choose(op: str, features: torch.Tensor, call: Mapping[str, object]) -> str:
     device, dtype = features.device, features.dtype
     name = _state.name
     if name == "auto":
-        return "triton" if why_not("triton", device, dtype) is None else "eager"
+        return "triton" if runs("triton", device, dtype) else "eager"
     reason = why_not(name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {name!r} cannot run here: {reason}; call: {describe(call)}")

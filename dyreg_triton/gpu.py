@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .installed import triton_fault
+
 
 class Gpu(NamedTuple):
     """A kind of GPU.
@@ -34,6 +36,9 @@ def device_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU that launches on tensors of `device` run on, or are compiled for."""
+    fault = triton_fault()
+    if fault is not None:
+        raise RuntimeError(f"no kernel runs on {device} here: the package triton is {fault}")
     from triton.runtime import driver
 
     from .kernels.common import interpreted

@@ -102,7 +102,7 @@ def _nvidia(cubin: bytes) -> Code:
         file.write(cubin)
         file.flush()
         usage, text = (
-            subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run([_tool(tool), option, file.name], capture_output=True, encoding="utf-8", check=True).stdout
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}

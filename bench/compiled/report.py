@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from dyreg_triton.replacing import replacing
 
 from . import SHARED_LIMIT, TARGETS, Case, Code, compile_case
 from .bilinear import BilinearCase
@@ -158,14 +160,16 @@ def rows(jobs: int = 1) -> Iterator[dict[str, Any]]:
 def main(out: Path, jobs: int = 1) -> int:
     """Write the rows to `out`, whole or not at all, and print them; 1 if a kernel spills or does not fit."""
     found = list(rows(jobs))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    unwritten = None
     try:
-        partial.write_text("".join(json.dumps(each) + "\n" for each in found))
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-    print(table(found))
+        with replacing(out) as temporary:
+            temporary.write_text("".join(json.dumps(each) + "\n" for each in found), encoding="utf-8")
+    except OSError as error:
+        unwritten = error
+    print(table(found))  # either way: it took minutes
+    if unwritten is not None:
+        print(unwritten, file=sys.stderr)
+        return 1
     print(f"{len(found)} rows -> {out}")
     return 1 if any(each["spills"] or each["shared"] > each["shared_limit"] for each in found) else 0
 

@@ -8,10 +8,13 @@ row may enter.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from dyreg_triton.replacing import replacing
 
 from .content import report, summary
 from .drawing import CREATOR
@@ -94,13 +97,7 @@ def _ours(plots: Path) -> set[Path]:
 
 def _write(files: Mapping[Path, str]) -> None:
     """All under temporary names first, so that a full disk leaves the former files."""
-    partial = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
-    try:
+    with contextlib.ExitStack() as stack:  # at whose end they are renamed, or removed
         for path, text in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial[path].write_text(text, encoding="utf-8", newline="\n")
-        for path, temporary in partial.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in partial.values():
-            temporary.unlink(missing_ok=True)
+            temporary = stack.enter_context(replacing(path))
+            temporary.write_text(text, encoding="utf-8", newline="\n")

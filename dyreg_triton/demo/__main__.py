@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..console import command
+
 STEPS = 1200  # two and a half minutes on one core of today
 
 
@@ -50,8 +52,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where the demo shows what it promises, 1 where it does not, 2 where something is missing, 130 on Ctrl-C."""
+    """0 where the demo shows what it promises, 1 where it does not, 2 where something is missing or a file cannot be
+    written, 130 on Ctrl-C."""
     given = _parse(arguments)
     try:
         from .report import Options
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         problems = run(options)
-    except FileNotFoundError as error:
+    except OSError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..replacing import replacing
 from ..validate import is_integer
 
 FORMAT = "dyreg_triton"
@@ -87,16 +87,11 @@ def unpacked(op: str, path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. The temporary name is in the same folder: a rename is one step only there."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
 
 
 def safetensors_torch(op: str) -> Any:

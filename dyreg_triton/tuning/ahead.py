@@ -75,7 +75,7 @@ class Compilers:
             command = [sys.executable, "-c", "from dyreg_triton.tuning.ahead import main; main()"]
             path = os.pathsep.join(p or os.getcwd() for p in sys.path)
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             self._own.process = process

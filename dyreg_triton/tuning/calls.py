@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..replacing import replacing
 from ..validate import what
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -115,13 +116,9 @@ def save(path: str | os.PathLike[str], calls: Sequence[TunedCall]) -> None:
     """Write calls as a JSON list, one a line."""
     if not all(isinstance(call, TunedCall) for call in calls):
         raise TypeError(f"save: calls is {what(calls)}; accepted is a list of TunedCall")
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text("[\n" + ",\n".join(f" {json.dumps(call._asdict())}" for call in calls) + "\n]\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = "[\n" + ",\n".join(f" {json.dumps(call._asdict())}" for call in calls) + "\n]\n"
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def load(path: str | os.PathLike[str]) -> list[TunedCall]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..gpu import Gpu
+from ..installed import triton_version
+from ..replacing import replacing
 from .keys import Key
 from .rooms import ROOMS, from_json, kernel_hash, to_json
 
@@ -67,11 +69,10 @@ def _release(version: object) -> str:
 def versions() -> dict[str, str]:
     """What a file says of the software that it was measured with."""
     import torch
-    import triton
 
     from .. import __version__
 
-    return {"dyreg_triton": __version__, "torch": torch.__version__, "triton": triton.__version__}
+    return {"dyreg_triton": __version__, "torch": torch.__version__, "triton": triton_version()}
 
 
 def _parse(text: str, gpu: Gpu, packaged: bool) -> tuple[dict[Key, Entry], list[str]]:
@@ -159,12 +160,8 @@ def write(path: Path, gpu: Gpu, entries: Mapping[Key, Entry]) -> None:
         raise ValueError(
             f"tuning file {path} is left as it is, for what is to be written could not be read: {reason}"
         ) from reason
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _rows(entries: Mapping[Key, Entry]) -> dict[str, dict[str, Any]]:
@@ -179,7 +176,8 @@ def _rows(entries: Mapping[Key, Entry]) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Inside, no other process changes the file, or what lies beside it."""
     from filelock import FileLock  # torch needs it too, so it is there
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +191,7 @@ def merge(path: Path, gpu: Gpu, entries: Mapping[Key, Entry]) -> None:
     A file of which anything cannot be used any more is kept beside it as PATH.unusable.
     """
     path = Path(path)
-    with _locked(path):
+    with locked(path):
         former: dict[Key, Entry] = {}
         if path.exists():
             try:
@@ -202,7 +200,6 @@ def merge(path: Path, gpu: Gpu, entries: Mapping[Key, Entry]) -> None:
                 lost = [str(reason)]
             if lost:
                 report(path, f"{lost[0]}; it is kept as {path.name}.unusable")
-                partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-                shutil.copyfile(path, partial)  # what can be used of it stays in its place meanwhile
-                os.replace(partial, f"{path}.unusable")
+                with replacing(path.with_name(f"{path.name}.unusable")) as temporary:
+                    shutil.copyfile(path, temporary)  # what can be used of it stays in its place meanwhile
         write(path, gpu, {**former, **entries})

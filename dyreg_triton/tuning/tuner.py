@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from ..gpu import family, gpu_of
+from ..replacing import replacing
 from ..validate import what
 from .ahead import Compilers
 from .calls import DTYPES, PRESETS, TunedCall, checked, load, preset
 from .engine import Progress, Refused, Summary, known, run
-from .files import Entry, user_file
+from .files import Entry, locked, user_file
 from .keys import ELEMENTS, Key
 from .lookup import by_distance, forget, override
 from .problems import Running, case_of, keys_of
@@ -41,18 +42,21 @@ class Dangerous:
     """Configs that broke the device, one a line in a file beside the tuning file, for the next run to pass over."""
 
     def __init__(self, path: Path):
-        self.path = path.with_name(f"{path.name}.dangerous")
+        self.tuned, self.path = path, path.with_name(f"{path.name}.dangerous")
+
+    def _text(self) -> str:
+        return self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
 
     def _line(self, item: tuple[str, Any]) -> str:
         return json.dumps([item[0], to_json(item[1])])
 
     def __contains__(self, item: tuple[str, Any]) -> bool:
-        return self.path.is_file() and self._line(item) in self.path.read_text().splitlines()
+        return self._line(item) in self._text().splitlines()
 
     def add(self, item: tuple[str, Any]) -> None:
         """For good, until the file is removed."""
-        with self.path.open("a") as file:
-            file.write(self._line(item) + "\n")
+        with locked(self.tuned), replacing(self.path) as temporary:
+            temporary.write_text(f"{self._text()}{self._line(item)}\n", encoding="utf-8")
 
 
 class KernelJob:
