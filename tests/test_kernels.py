@@ -51,10 +51,10 @@ def registered(name):
     if "backward" not in name:  # a backward has no formula of its own
         x, v, r = (t.requires_grad_() for t in (x, v, r))
     return {
-        "region_pool": (x, r, "linear", 1.0),
+        "region_pool": (x, r, [True], "linear", 1.0),
         "region_remap": (v, r, 7, 9, "gaussian", 1.0),
         "region_kernel": (r, 7, 9, "log-linear", 1.5),
-        "region_pool_backward": (v, x, r, "log-linear", 1.5, True, True),
+        "region_pool_backward": (v, x, r, [True], "log-linear", 1.5, True, True),
         "region_remap_backward": (x, v, r, "linear", 1.0, True, False),
         "region_kernel_backward": (torch.randn(2, 3, 4, 7, 9, device=DEVICE), r, "gaussian", 1.0),
     }[name]

@@ -10,6 +10,7 @@ so P acts on coarse rows and leaves the place of a row within its coarse row alo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -94,6 +95,17 @@ def _(x, p, q, t):
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
+def _products(x: Tensor, p: Tensor, t: Tensor | None) -> tuple[int, int, int]:
+    """What the products with P, Q and R count: eager writes Q out to W columns, R and P not."""
+    each = 2 * math.prod(x.shape)
+    return each * p.shape[-1], each * x.shape[-1], 0 if t is None else each * t.shape[-1]
+
+
+@_transform.register_flops
+def _(x, p, q, t):
+    return sum(_products(x, p, t))
+
+
 @op("bilinear_transform_backward")
 def _transform_backward(
     dy: Tensor, x: Tensor, p: Tensor, q: Tensor, t: Tensor | None, needs: list[bool]
@@ -107,6 +119,16 @@ def _transform_backward(
 @_transform_backward.register_fake
 def _(dy, x, p, q, t, needs):
     return empty_gradients(Problem(x, p, q, t), needs)
+
+
+@_transform_backward.register_flops
+def _(dy, x, p, q, t, needs):
+    """A product counts once for each factor that wants a gradient: the matrix, and what was computed before it."""
+    by_p, by_q, by_t = _products(x, p, t)
+    need_x, need_p, need_q, need_t = needs
+    before_q = need_x or need_p
+    before_t = before_q or need_q
+    return (need_x + need_p) * by_p + (before_q + need_q) * by_q + (before_t + need_t) * by_t
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
 from ..tuning.lookup import Unfit
+from . import flops
 
 _PLAIN = (Tensor, Parameter)
 
@@ -71,6 +72,7 @@ class Op:
     """
 
     def __init__(self, name: str, implementation: Callable[..., Any]):
+        self.name = name
         self.implementation = implementation = _launched(implementation)
         self.custom = torch.library.custom_op(f"dyreg_triton::{name}", implementation, mutates_args=())
         self.function: type[Function] | None = None
@@ -78,6 +80,11 @@ class Op:
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """As torch's."""
         return self.custom.register_fake(fake)
+
+    def register_flops(self, formula: Callable[..., int]) -> Callable[..., int]:
+        """What a call of the op counts as under torch's FLOP counter, of its arguments: see `flops`."""
+        flops.register(getattr(torch.ops.dyreg_triton, self.name).default, formula)
+        return formula
 
     def register_autograd(
         self, backward: Callable[..., tuple | None], setup: Callable[[Any, tuple, Any], None] | None = None

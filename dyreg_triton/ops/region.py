@@ -96,7 +96,9 @@ def pool_placed(x: Tensor, position: Tensor | None, regions: Tensor, profile: st
         calls.note("region_pool", {"x": x, "regions": regions}, profile=profile, temperature=temperature)
     if name == "eager":
         return eager.region_pool(x, regions, profile, temperature, position)
+    summands = [x.requires_grad]
     if position is not None:
+        summands.append(position.requires_grad)
         x = x + position.to(x.dtype)
     if name == "reference":
         return reference.region_pool(x, regions, profile=profile, temperature=temperature)
@@ -104,7 +106,7 @@ def pool_placed(x: Tensor, position: Tensor | None, regions: Tensor, profile: st
     lead = x.shape[:-3]
     if len(lead) > 3:  # the kernels address up to three leading dimensions in place
         x, regions = x.flatten(0, -4), regions.flatten(0, -3)
-    nodes = _pool(x, regions, profile, float(temperature))
+    nodes = _pool(x, regions, summands, profile, float(temperature))
     return nodes if len(lead) <= 3 else nodes.unflatten(0, lead)
 
 
@@ -279,7 +281,8 @@ def _summed(rows: Tensor, regions: Tensor) -> Tensor:
 
 
 @op("region_pool")
-def _pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+def _pool(x: Tensor, regions: Tensor, summands: list[bool], profile: str, temperature: float) -> Tensor:
+    """`summands` is for counting: of each map whose sum x is, whether it wants a gradient."""
     nodes = x.new_empty(*x.shape[:-3], regions.shape[-2], x.shape[-3])
     if nodes.numel() == 0 or x.numel() == 0:
         return nodes.zero_()
@@ -287,14 +290,25 @@ def _pool(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tenso
 
 
 @_pool.register_fake
-def _(x: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+def _(x: Tensor, regions: Tensor, summands: list[bool], profile: str, temperature: float) -> Tensor:
     return x.new_empty(*x.shape[:-3], regions.shape[-2], x.shape[-3])
+
+
+def _pooled(x: Tensor, regions: Tensor) -> int:
+    """What the product of kernels (N, H*W) and a map counts."""
+    return 2 * math.prod(regions.shape[:-1]) * math.prod(x.shape[-3:])
+
+
+@_pool.register_flops
+def _(x: Tensor, regions: Tensor, summands: list[bool], profile: str, temperature: float) -> int:
+    return len(summands) * _pooled(x, regions)  # eager pools each alone
 
 
 @op("region_pool_backward")
 def _pool_backward(
-    grad: Tensor, x: Tensor, regions: Tensor, profile: str, temperature: float, need_x: bool, need_regions: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, regions: Tensor, summands: list[bool], profile: str, temperature: float, need_x: bool,
+    need_regions: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if x.numel() == 0 or regions.numel() == 0:
         by_x, by_regions = _pool_gradients(x, regions, need_x, need_regions)
         return by_x.zero_(), by_regions.zero_()
@@ -311,8 +325,13 @@ def _pool_gradients(x: Tensor, regions: Tensor, need_x: bool, need_regions: bool
 
 
 @_pool_backward.register_fake
-def _(grad: Tensor, x: Tensor, regions: Tensor, profile: str, temperature: float, need_x: bool, need_regions: bool):
+def _(grad, x, regions, summands, profile, temperature, need_x, need_regions):
     return _pool_gradients(x, regions, need_x, need_regions)
+
+
+@_pool_backward.register_flops
+def _(grad, x, regions, summands, profile, temperature, need_x, need_regions):
+    return (need_x * sum(summands) + need_regions * len(summands)) * _pooled(x, regions)
 
 
 @op("region_remap")
@@ -327,6 +346,11 @@ def _remap(nodes: Tensor, regions: Tensor, height: int, width: int, profile: str
 @_remap.register_fake
 def _(nodes: Tensor, regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
     return nodes.new_empty(*nodes.shape[:-2], nodes.shape[-1], height, width)
+
+
+@_remap.register_flops
+def _(nodes: Tensor, regions: Tensor, height: int, width: int, profile: str, temperature: float) -> int:
+    return 2 * math.prod(nodes.shape) * height * width
 
 
 @op("region_remap_backward")
@@ -352,6 +376,11 @@ def _(
     return _remap_gradients(nodes, regions, need_nodes, need_regions)
 
 
+@_remap_backward.register_flops
+def _(grad, nodes, regions, profile, temperature, need_nodes, need_regions):
+    return (need_nodes + need_regions) * 2 * math.prod(nodes.shape) * math.prod(grad.shape[-2:])
+
+
 @op("region_kernel")
 def _kernel(regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
     k = regions.new_empty(*regions.shape[:-1], height, width)
@@ -363,6 +392,11 @@ def _kernel(regions: Tensor, height: int, width: int, profile: str, temperature:
 @_kernel.register_fake
 def _(regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
     return regions.new_empty(*regions.shape[:-1], height, width)
+
+
+@_kernel.register_flops
+def _(*_: Any) -> int:
+    return 0  # an outer product, which is elementwise
 
 
 @op("region_kernel_backward")
@@ -377,8 +411,13 @@ def _(grad: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor
     return regions.new_empty(regions.shape)
 
 
+@_kernel_backward.register_flops
+def _(*_: Any) -> int:
+    return 0
+
+
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.options = inputs[-2:]
+    ctx.options = [a for a in inputs if not isinstance(a, Tensor)]
     ctx.rest = (None,) * (len(inputs) - 2)
     ctx.save_for_backward(*[t for t in inputs if isinstance(t, Tensor)])
 
@@ -393,11 +432,11 @@ def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
 
 
 def _remap_autograd(ctx: Any, grad: Tensor) -> tuple:
-    return _wanted(ctx, *_remap_backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]))
+    return _wanted(ctx, *_remap_backward(grad, *ctx.saved_tensors, *ctx.options[2:], *ctx.needs_input_grad[:2]))
 
 
 def _kernel_autograd(ctx: Any, grad: Tensor) -> tuple:
-    return (_kernel_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+    return (_kernel_backward(grad, *ctx.saved_tensors, *ctx.options[2:]), None, None, None, None)
 
 
 _pool.register_autograd(_pool_autograd, _setup)

@@ -11,6 +11,7 @@ Tap i of an axis of k taps lies at i - k // 2: centred where k is odd; where it 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -125,6 +126,19 @@ def _(q, k, v, h2, h1, p1, g, identity, eps, save):
     return _outputs(Problem(q, k, v, h2, h1, p1, g, identity, eps), save)
 
 
+def _correlations(problem: Problem) -> tuple[int, int]:
+    """What X^K * H1 counts, and what X^V with H2 and G beside it: eager's convolutions. Its other products are
+    elementwise."""
+    c, d, e, f = problem.channels
+    each = 2 * problem.q.shape[0] * math.prod(problem.size) * problem.taps
+    return 0 if problem.h1 is None else each * c * d, each * e * (d if problem.g is None else d + f)
+
+
+@_attend.register_flops
+def _(q, k, v, h2, h1, p1, g, identity, eps, save):
+    return sum(_correlations(Problem(q, k, v, h2, h1, p1, g, identity, eps)))
+
+
 @op("relational_attention_backward")
 def _attend_backward(
     dy: Tensor, a_rows: Tensor, z_rows: Tensor, q: Tensor, k: Tensor | None, v: Tensor, h2: Tensor, h1: Tensor | None,
@@ -139,6 +153,14 @@ def _attend_backward(
 @_attend_backward.register_fake
 def _(dy, a_rows, z_rows, q, k, v, h2, h1, p1, g, identity, eps, needs):
     return empty_gradients(Problem(q, k, v, h2, h1, p1, g, identity, eps), needs)
+
+
+@_attend_backward.register_flops
+def _(dy, a_rows, z_rows, q, k, v, h2, h1, p1, g, identity, eps, needs):
+    """Both correlations are computed again, and count once more for the gradient of each side: H2 and G are one."""
+    by_keys, by_values = _correlations(Problem(q, k, v, h2, h1, p1, g, identity, eps))
+    _, need_k, need_v, need_h2, need_h1, _, need_g, _ = needs
+    return (1 + need_k + need_h1) * by_keys + (1 + need_v + (need_h2 or need_g)) * by_values
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
