@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,8 +30,9 @@ def embedded_gaussian(theta: Tensor, phi: Tensor, g: Tensor, heads: int, scale: 
     theta is (B, C, *), phi and g are (B, C, *') over positions of their own; scale: whether scores are divided.
     """
     rows = [t.flatten(2).unflatten(1, (heads, -1)).transpose(-2, -1) for t in (theta, phi, g)]
-    # channels innermost: torch's fused attention takes nothing else, and falls back to storing weights without a word
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in rows)
+    # channels innermost: torch's fused attention takes nothing else, and falls back to storing weights without a word;
+    # a clone, because a head of one channel counts as contiguous whatever its stride is
+    query, key, value = (t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in rows)
     y = F.scaled_dot_product_attention(query, key, value, scale=None if scale else 1.0)
     y = y.transpose(-2, -1).reshape(theta.shape)
     return y.contiguous(memory_format=memory_format(theta))  # it lies channels last, and the norm would take it so
