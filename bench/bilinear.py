@@ -71,14 +71,18 @@ class Problem:
     def inputs(self, dtype: torch.dtype, device: torch.device) -> Tensors:
         """x, the gradient of y, p and q, and t where frames are mixed; matrices as a layer predicts them."""
         generator = torch.Generator().manual_seed(0)
-        x, gradient = (torch.randn(self.shape, generator=generator) for _ in range(2))
+        x, gradient = (
+            torch.randn(self.shape, generator=generator, dtype=torch.float32, device="cpu") for _ in range(2)
+        )
         square = self.batch, self.k, self.frames, self.cells, self.cells
-        p = (2 * torch.randn(square, generator=generator)).softmax(-1)
-        q = (2 * torch.randn(square, generator=generator)).softmax(-2)
+        p = (2 * torch.randn(square, generator=generator, dtype=torch.float32, device="cpu")).softmax(-1)
+        q = (2 * torch.randn(square, generator=generator, dtype=torch.float32, device="cpu")).softmax(-2)
         found = [x, gradient, p, q]
         if self.tk:
             over_time = self.batch, self.tk, self.ts, self.ts
-            found.append((2 * torch.randn(over_time, generator=generator)).softmax(-1))
+            found.append(
+                (2 * torch.randn(over_time, generator=generator, dtype=torch.float32, device="cpu")).softmax(-1)
+            )
         return tuple(tensor.to(device, dtype) for tensor in found)
 
     def matrices(self) -> int:
@@ -187,7 +191,9 @@ class Block:
     def inputs(self, device: torch.device) -> Tensors:
         """x and the gradient of y."""
         generator = torch.Generator().manual_seed(0)
-        x, gradient = (torch.randn(self.shape, generator=generator) for _ in range(2))
+        x, gradient = (
+            torch.randn(self.shape, generator=generator, dtype=torch.float32, device="cpu") for _ in range(2)
+        )
         return x.to(device), gradient.to(device)
 
     def floor(self, backward: bool, module: nn.Module) -> Floor:

@@ -112,7 +112,7 @@ class Machine:
     def _matrix(self, dtype: torch.dtype) -> Rate:
         # on the CPU short enough that other processes do not interrupt them all
         size, repeats, rows = (8192, 24, 64) if self.cuda else (512, 200, 512)
-        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=self.device, dtype=torch.float32).to(dtype) for _ in range(2))
         target = torch.empty_like(a)
         (times,) = self.interleaved([lambda: torch.matmul(a, b, out=target)], repeats)
         return Rate.of(2 * size**3, times, relative_error([target[:rows]], [a[:rows].double() @ b.double()]))

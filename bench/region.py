@@ -45,11 +45,13 @@ class Problem:
     def inputs(self, dtype: torch.dtype, device: torch.device) -> Tensors:
         """x, nodes and regions; the regions jittered off the kinks."""
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.frames, self.nodes, 4, generator=generator) * 0.1
+        noise = torch.randn(self.frames, self.nodes, 4, generator=generator, dtype=torch.float32, device="cpu") * 0.1
         side = math.isqrt(self.nodes)
         regions = dt.layers.regions_from_offsets(noise, grid=(side, side), size=self.size, init=self.init)
-        x = torch.randn(self.frames, self.channels, *self.size, generator=generator)
-        nodes = torch.randn(self.frames, self.nodes, self.channels, generator=generator)
+        x = torch.randn(self.frames, self.channels, *self.size, generator=generator, dtype=torch.float32, device="cpu")
+        nodes = torch.randn(
+            self.frames, self.nodes, self.channels, generator=generator, dtype=torch.float32, device="cpu"
+        )
         return x.to(device, dtype), nodes.to(device, dtype), regions.to(device)
 
     def floor(self, op: str, backward: bool, dtype: torch.dtype, regions: Tensor) -> Floor:
@@ -73,8 +75,8 @@ class Problem:
 def published_kernel(regions: Tensor, height: int, width: int) -> Tensor:
     """The dense kernel, normalised over the map, as the published code forms it."""
     cx, cy, w, h = (t[..., None] for t in regions.unbind(-1))
-    rows = torch.arange(height, device=regions.device)
-    columns = torch.arange(width, device=regions.device)
+    rows = torch.arange(height, device=regions.device, dtype=torch.int64)
+    columns = torch.arange(width, device=regions.device, dtype=torch.int64)
     k = F.relu(h - (rows - cy).abs())[..., :, None] * F.relu(w - (columns - cx).abs())[..., None, :]
     return k / (k.sum((-2, -1), keepdim=True) + 1e-37)
 

@@ -55,7 +55,9 @@ class Problem:
         """Queries, key and value as one projection in a layer gives them."""
         generator = torch.Generator().manual_seed(0)
         channels = (self.queries + 2) * self.channels
-        return torch.randn(self.batch, channels, *self.size, generator=generator).to(device, dtype)
+        return torch.randn(self.batch, channels, *self.size, generator=generator, dtype=torch.float32, device="cpu").to(
+            device, dtype
+        )
 
     def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, views."""
@@ -68,13 +70,18 @@ class Problem:
         c = self.channels
         shapes = ((c, c, *self.window), (c, c), (c, *self.window), (c, *self.window))
         scales = ((c / self.taps) ** 0.5, 1.0, self.taps**-0.5, self.taps**-0.5)
-        drawn = [torch.randn(s, generator=generator) * scale for s, scale in zip(shapes, scales, strict=True)]
-        return tuple(w.to(device, dtype) for w in (*drawn, torch.eye(c)))
+        drawn = [
+            torch.randn(s, generator=generator, dtype=torch.float32, device="cpu") * scale
+            for s, scale in zip(shapes, scales, strict=True)
+        ]
+        return tuple(w.to(device, dtype) for w in (*drawn, torch.eye(c, dtype=torch.float32, device="cpu")))
 
     def gradient(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Of y (B, L, F, T, H, W), in the memory of the published channel order (B, F * L, T, H, W)."""
         generator = torch.Generator().manual_seed(2)
-        g = torch.randn(self.batch, self.channels, self.queries, *self.size, generator=generator)
+        g = torch.randn(
+            self.batch, self.channels, self.queries, *self.size, generator=generator, dtype=torch.float32, device="cpu"
+        )
         return g.to(device, dtype).transpose(1, 2)
 
     def neighbours(self) -> int:

@@ -201,14 +201,16 @@ def inputs(case: Case) -> dict[str, Tensor]:
     """A map, nodes, a dense kernel and regions: the first is empty, the second off the map, the others overlap it."""
     generator = torch.Generator().manual_seed(0)
     height, width = SIZE
-    regions = torch.rand(FRAMES, case.nodes, 4, generator=generator)
-    regions = regions * torch.tensor([width - 1.0, height - 1.0, 2.5, 2.5]) + torch.tensor([0.0, 0.0, 1.5, 1.5])
+    regions = torch.rand(FRAMES, case.nodes, 4, generator=generator, dtype=torch.float32, device="cpu")
+    regions = regions * torch.tensor(
+        [width - 1.0, height - 1.0, 2.5, 2.5], dtype=torch.float32, device="cpu"
+    ) + torch.tensor([0.0, 0.0, 1.5, 1.5], dtype=torch.float32, device="cpu")
     regions[:, 0, 2] = -1.0
     regions[:, 1, :2] = 40.0
     features = {
-        "x": torch.randn(FRAMES, CHANNELS, *SIZE, generator=generator),
-        "nodes": torch.randn(FRAMES, case.nodes, CHANNELS, generator=generator),
-        "kernel": torch.randn(FRAMES, case.nodes, *SIZE, generator=generator),
+        "x": torch.randn(FRAMES, CHANNELS, *SIZE, generator=generator, dtype=torch.float32, device="cpu"),
+        "nodes": torch.randn(FRAMES, case.nodes, CHANNELS, generator=generator, dtype=torch.float32, device="cpu"),
+        "kernel": torch.randn(FRAMES, case.nodes, *SIZE, generator=generator, dtype=torch.float32, device="cpu"),
     }
     if case.channels_last:
         features["x"] = features["x"].to(memory_format=torch.channels_last)

@@ -132,9 +132,14 @@ def _swap(options: argparse.Namespace, arguments: Sequence[str]) -> str:
         model.to(options.device, getattr(torch, options.dtype or "", None))
     except (RuntimeError, AssertionError) as failure:
         raise ValueError(f"device is {str(options.device)!r}; accepted is one that is here: {failure}") from failure
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    first = next(
+        (p for p in model.parameters() if p.is_floating_point()), torch.zeros((), dtype=torch.float32, device="cpu")
+    )
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator).to(first) for shape in options.example]
+    inputs = [
+        torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(first)
+        for shape in options.example
+    ]
     report = swap(model, only=options.only or None, example=tuple(inputs) or None, keep_regions=options.keep_regions)
     return str(report)
 

@@ -79,7 +79,7 @@ RELATIONAL = {"L": (1, 4), "C": (1, 8), "T": (1, 32)}
 
 
 @pytest.mark.parametrize("kernel", ["V", "R", "V+R"])
-@pytest.mark.parametrize(("queries", "channels", "frames"), itertools.product(*RELATIONAL.values()))
+@pytest.mark.parametrize(("queries", "channels", "frames"), list(itertools.product(*RELATIONAL.values())))
 def test_relational_attention_walks_over_frames(
     kernel: str, queries: int, channels: int, frames: int, device: torch.device
 ) -> None:

@@ -78,7 +78,7 @@ class RegionCase(NamedTuple):
             return t[..., ::2, ::2] if self.layout == "sliced" else t
 
         nodes = torch.empty(self.frames, self.nodes, self.channels, dtype=self.torch_dtype, device="meta")
-        regions = torch.empty(self.frames, self.nodes, 4, device="meta")
+        regions = torch.empty(self.frames, self.nodes, 4, device="meta", dtype=torch.float32)
         dense = torch.empty(self.frames, self.nodes, *self.size, dtype=self.torch_dtype, device="meta")
         if self.kind == "gather":
             ops._gather(a_map(), None, regions, self.profile, 1.0, nodes=True)

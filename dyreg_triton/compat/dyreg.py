@@ -186,18 +186,18 @@ class DynamicGraph(_Published, dyreg.DynamicGraph):
             **graph,
         )
         self.keep_regions = keep_regions
-        centers = super().initial_centers(torch.device("cpu"))
+        centers = super().initial_centers(None)
         if self.init == "center":  # upstream halves H on both axes
             centers = torch.full_like(centers, H / 2)
         self.register_buffer("ph_buf", centers[None, :, 1:].clone())
         self.register_buffer("pw_buf", centers[None, :, :1].clone())
-        self.register_buffer("arange_h_buf", torch.arange(H)[None, None])
-        self.register_buffer("arange_w_buf", torch.arange(W)[None, None])
+        self.register_buffer("arange_h_buf", torch.arange(H, dtype=torch.int64, device=None)[None, None])
+        self.register_buffer("arange_w_buf", torch.arange(W, dtype=torch.int64, device=None)[None, None])
         if self.generator == "pooled":
             # in the authors' checkpoints, and never used
             self.glore.norm_dict = nn.ModuleDict({"offset_location_emb": ChannelAffineNorm((1, node_dim, 1, 1), 3)})
 
-    def initial_centers(self, device: torch.device) -> Tensor:
+    def initial_centers(self, device: torch.device | None) -> Tensor:
         return torch.cat([self.pw_buf, self.ph_buf], dim=-1)[0]
 
     def pool(self, features: Tensor, regions: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def _count(text: str) -> int:
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {error}") from error
     return device

@@ -54,24 +54,26 @@ def trajectories(count: int, digits: int, generator: torch.Generator) -> Tensor:
     """Corners (count, T, digits, 2) of digits that move straight and bounce off the edges, in whole pixels."""
     room = CANVAS - SIDE
     shape = (count, 1, digits, 2)
-    start = torch.rand(shape, generator=generator) * room
-    speed = (torch.rand(shape, generator=generator) * 2 - 1) * FASTEST
-    path = start + speed * torch.arange(FRAMES).view(1, -1, 1, 1)
+    start = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * room
+    speed = (torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * FASTEST
+    path = start + speed * torch.arange(FRAMES, dtype=torch.int64, device="cpu").view(1, -1, 1, 1)
     return (room - (path.remainder(2 * room) - room).abs()).round().long()  # a triangle wave folds the path back
 
 
 def make_clips(images: Tensor, count: int, generator: torch.Generator, *, digits: int = DIGITS) -> Clips:
     """`count` clips of digits chosen from `images` (10, n, 28, 28), classes at random (repeats allowed)."""
-    classes = torch.randint(CLASSES, (count, digits), generator=generator)
-    chosen = images[classes, torch.randint(images.shape[1], (count, digits), generator=generator)]
+    classes = torch.randint(CLASSES, (count, digits), generator=generator, dtype=torch.int64, device="cpu")
+    chosen = images[
+        classes, torch.randint(images.shape[1], (count, digits), generator=generator, dtype=torch.int64, device="cpu")
+    ]
     corners = trajectories(count, digits, generator)
-    video = torch.zeros(count, FRAMES, CANVAS, CANVAS)
-    clip = torch.arange(count).view(-1, 1, 1, 1)
-    frame = torch.arange(FRAMES).view(1, -1, 1, 1)
-    side = torch.arange(SIDE)
+    video = torch.zeros(count, FRAMES, CANVAS, CANVAS, dtype=torch.float32, device="cpu")
+    clip = torch.arange(count, dtype=torch.int64, device="cpu").view(-1, 1, 1, 1)
+    frame = torch.arange(FRAMES, dtype=torch.int64, device="cpu").view(1, -1, 1, 1)
+    side = torch.arange(SIDE, dtype=torch.int64, device="cpu")
     for digit in range(digits):
         x, y = corners[:, :, digit, 0, None, None], corners[:, :, digit, 1, None, None]
         where = (clip, frame, y + side[:, None], x + side)
         video[where] = torch.maximum(video[where], chosen[:, digit].unsqueeze(1))
-    labels = torch.zeros(count, CLASSES).scatter_(1, classes, 1)
+    labels = torch.zeros(count, CLASSES, dtype=torch.float32, device="cpu").scatter_(1, classes, 1)
     return Clips(video.unsqueeze(2), labels, corners + SIDE / 2)

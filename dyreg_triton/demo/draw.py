@@ -51,7 +51,9 @@ def _regions(draw: ImageDraw.ImageDraw, regions: Tensor, said: Tensor) -> None:
     names = []
     for node in sure.argsort().tolist():  # the surest on top
         certain = sure[node].item()
-        cx, cy, w, h = ((regions[node] + torch.tensor([0.5, 0.5, 0, 0])) * unit).tolist()
+        cx, cy, w, h = (
+            (regions[node] + torch.tensor([0.5, 0.5, 0, 0], dtype=torch.float32, device="cpu")) * unit
+        ).tolist()
         box, dot = (cx - w, cy - h, cx + w, cy + h), (0.35 + 0.45 * certain) * unit
         tint, ink = (*color(node), int(26 * certain)), (*color(node), int(255 * (0.22 + 0.78 * certain)))
         draw.rounded_rectangle(box, radius=2 * unit, fill=tint, outline=ink, width=2 * FINE)

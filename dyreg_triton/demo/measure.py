@@ -75,7 +75,9 @@ def compare_times(layer: DynamicGraph, x: Tensor, *, rounds: int) -> Times:
     with torch.no_grad():
         expected = plain(x)
         difference = _relative(ours(x), expected.double())
-    weight = torch.randn(expected.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(0))
+    weight = torch.randn(
+        expected.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(0), dtype=torch.float32
+    )
     samples: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds + 2):
         for run, kept in zip((ours, plain), samples, strict=True):

@@ -18,7 +18,7 @@ def kernel(regions: Tensor, size: tuple[int, int], profile: str, temperature: fl
     """(B, T, N, H, W): an outer product divided by its sum."""
     axes = []
     for axis, length in enumerate(size[::-1]):
-        d = (regions[..., axis, None] - torch.arange(length, device=regions.device)).abs()
+        d = (regions[..., axis, None] - torch.arange(length, device=regions.device, dtype=torch.int64)).abs()
         s = regions[..., axis + 2, None]
         if profile == "gaussian":
             axes.append(torch.exp(-(d**2) / (2 * s**2)))

@@ -70,7 +70,9 @@ def measure_times(layer: DyReG, maps: torch.Tensor, options: Options) -> dict[st
     large, device = (256, 14, 14), options.device
     generator = GENERATORS[options.variant]
     wide = DyReG(large[0], large[1:], init="grid", generator=generator, profile=options.profile, **GRAPH)
-    random = torch.randn(2, 10, *large, generator=torch.Generator().manual_seed(options.seed))
+    random = torch.randn(
+        2, 10, *large, generator=torch.Generator().manual_seed(options.seed), dtype=torch.float32, device="cpu"
+    )
     cases = [(layer, maps), (wide.to(device), random.to(device))]
     return {
         "{} clips of {} frames, {} × {} × {}".format(*x.shape)

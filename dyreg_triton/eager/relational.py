@@ -323,7 +323,8 @@ def relational_attention(
 ) -> Tensor:
     """y (B, L, F or E, T, H, W), a view of (B, F, L, T, H, W) memory."""
     args = (q, k, v, h2, h1, p1, g, identity, eps)
-    if torch.compiler.is_compiling():
+    # a trace, torch.jit.trace's too, keeps no autograd.Function
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         with full_precision(q.device.type):
             return _whole(args).transpose(1, 2)
     return _RelationalAttention.apply(*args).transpose(1, 2)

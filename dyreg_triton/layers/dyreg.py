@@ -133,7 +133,7 @@ class DynamicGraph(nn.Module):
         if variant.in_time:
             self.norm_dict["offset_ln_lstm"] = ChannelAffineNorm((region_channels,), 2)
 
-    def initial_centers(self, device: torch.device) -> Tensor:
+    def initial_centers(self, device: torch.device | None) -> Tensor:
         """(N, 2) = (x, y) in cells: where the nodes start. No buffer: `.half()` would move it, `to_empty` lose it."""
         return initial_centers(self.grid, self.size, self.init, device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,11 +93,13 @@ def sinusoidal_positions(channels: int, size: tuple[int, int]) -> Tensor:
     """(channels, H, W): the first half of the channels tells rows, the second columns, positions in [0, 1].
 
     Within a half, sines of the even frequencies come before cosines of the odd ones; frequency i is 10000^(-i / half).
+    On torch's default device, in its default dtype, but not below float32.
     """
     halves = []
+    like: dict[str, Any] = {"dtype": torch.promote_types(torch.get_default_dtype(), torch.float32), "device": None}
     for side, half in zip(size, ((channels + 1) // 2, channels // 2), strict=True):
-        position = torch.linspace(0, 1, side)[:, None]
-        period = torch.pow(10000, torch.arange(half).float() / max(half, 1))
+        position = torch.linspace(0, 1, side, **like)[:, None]
+        period = torch.pow(10000, torch.arange(half, **like) / max(half, 1))
         halves.append(torch.cat([torch.sin(position / period[0::2]), torch.cos(position / period[1::2])], dim=1).T)
     rows = halves[0][:, :, None].expand(-1, -1, size[1])
     columns = halves[1][:, None, :].expand(-1, size[0], -1)

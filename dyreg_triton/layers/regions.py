@@ -13,20 +13,21 @@ _EDGE = 1 - 1e-7  # atanh's argument stays inside (-1, 1)
 _LARGEST = 20.0  # of log sizes, up or down: such regions are flat on any map or a point; beyond, infinite or 0
 
 
-def _across_down(across: float, down: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _across_down(across: float, down: float, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Two numbers as a tensor, made on the device: from Python it would be a copy that the host waits for."""
     return torch.linspace(across, down, 2, dtype=dtype, device=device)
 
 
-def initial_centers(
-    grid: tuple[int, int], size: tuple[int, int], init: str, device: torch.device | str = "cpu"
-) -> Tensor:
-    """(N, 2) = (x, y) in cells, float32: "center" puts every node in the middle, "grid" in that of its own cell."""
+def initial_centers(grid: tuple[int, int], size: tuple[int, int], init: str, device: torch.device | None) -> Tensor:
+    """(N, 2) = (x, y) in cells, float32: "center" puts every node in the middle, "grid" in that of its own cell.
+
+    On a device, or where it is None on torch's default one.
+    """
     (rows, columns), (height, width) = grid, size
     if init == "center":
-        return _across_down(width / 2, height / 2, torch.float32, torch.device(device)).repeat(rows * columns, 1)
-    y = torch.linspace(0, height, 2 * rows + 1, device=device)[1::2]
-    x = torch.linspace(0, width, 2 * columns + 1, device=device)[1::2]
+        return _across_down(width / 2, height / 2, torch.float32, device).repeat(rows * columns, 1)
+    y = torch.linspace(0, height, 2 * rows + 1, device=device, dtype=torch.float32)[1::2]
+    x = torch.linspace(0, width, 2 * columns + 1, device=device, dtype=torch.float32)[1::2]
     return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], dim=-1)
 
 

@@ -67,7 +67,7 @@ def assembled(logits: Tensor) -> tuple[Tensor, Tensor | None]:
     whole, shift = cells * cells, cells + 1
     flat = F.pad(F.pad(logits, (0, cells - size)).flatten(-2), (0, whole + shift - size * cells))
     flat = flat.flatten(-2)[..., : windows * whole].unflatten(-1, (windows, whole))
-    i = torch.arange(cells, device=logits.device)
+    i = torch.arange(cells, device=logits.device, dtype=torch.int64)
     first = (torch.maximum(i[:, None], i) - (size - 1)).clamp(min=0)
     last = torch.minimum(i[:, None], i).clamp(max=windows - 1)
     count = (last - first + 1).clamp(min=0)

@@ -79,7 +79,10 @@ def prepare_example(example: Any, model: nn.Module) -> Example:
         if all(is_integer(n) for n in example):
             if min(example) < 1:
                 raise ValueError(f"swap: example is {example!r}; accepted as a shape are integers > 0")
-            first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+            first = next(
+                (p for p in model.parameters() if p.is_floating_point()),
+                torch.zeros((), dtype=torch.float32, device="cpu"),
+            )
             return Example((normal(tuple(map(int, example)), first.dtype, first.device, seed=0),))
         if any(isinstance(t, Tensor) for t in example):
             return Example(tuple(example))

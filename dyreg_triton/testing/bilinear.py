@@ -36,7 +36,7 @@ class BilinearSpec(TensorSpec):
         if not self.dtype.is_floating_point:
             return super().values()
         generator = torch.Generator().manual_seed(int(self.seed))
-        values = torch.randn(self.shape, generator=generator)
+        values = torch.randn(self.shape, generator=generator, dtype=torch.float32, device="cpu")
         values = values / max(self.shape[-1], 1) ** 0.5 if self.kind == "signed" else (3 * values).softmax(-1)
         return values.to(self.dtype)
 
@@ -97,7 +97,9 @@ class BilinearCase:
         """Contiguous inputs and `grad_output`, on the CPU."""
         tensors = {name: spec.values() for name, spec in self.call().tensors.items()}
         generator = torch.Generator().manual_seed(self.seed + 1)
-        tensors["grad_output"] = torch.randn(self.out_shape(), generator=generator).to(self.dtype)
+        tensors["grad_output"] = torch.randn(
+            self.out_shape(), generator=generator, dtype=torch.float32, device="cpu"
+        ).to(self.dtype)
         return tensors
 
     def function(self, module: ModuleType) -> Callable[..., Tensor]:

@@ -42,8 +42,8 @@ class TensorSpec:
         """The values, contiguous, on the CPU."""
         generator = torch.Generator().manual_seed(int(self.seed))
         if not self.dtype.is_floating_point:
-            return torch.randint(8, self.shape, generator=generator).to(self.dtype)
-        return torch.randn(self.shape, generator=generator).to(self.dtype)
+            return torch.randint(8, self.shape, generator=generator, dtype=torch.int64, device="cpu").to(self.dtype)
+        return torch.randn(self.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,7 @@ class Call:
     def cotangent(self, out: Tensor) -> Guarded:
         """A random incoming gradient for the output `out`, in poisoned memory."""
         generator = torch.Generator().manual_seed(int(self.seed) + 1)
-        values = torch.randn(out.shape, generator=generator).to(out.dtype).to(out.device)
+        values = (
+            torch.randn(out.shape, generator=generator, dtype=torch.float32, device="cpu").to(out.dtype).to(out.device)
+        )
         return Guarded(values, self.grad_layout)

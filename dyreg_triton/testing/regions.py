@@ -78,10 +78,10 @@ def random_regions(
     generator = torch.Generator().manual_seed(int(seed))
 
     def uniform(low: float, high: float) -> float:
-        return low + (high - low) * torch.rand((), generator=generator).item()
+        return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()
 
     def held(value: float) -> float:
-        return torch.tensor(value, dtype=torch.float64).to(dtype).item()
+        return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).item()
 
     def draw(kind: str, side: int) -> tuple[float, float]:
         while True:
@@ -96,7 +96,7 @@ def random_regions(
         if own == "empty" and uniform(0, 1) < 0.5:
             cy, h = draw("inside", size[0])
         rows.append([cx, cy, w, h])
-    return torch.tensor(rows, dtype=torch.float64).reshape(*shape, 4).to(dtype)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(*shape, 4).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,9 @@ class RegionCase:
         """Contiguous inputs and `grad_output`, on the CPU."""
         tensors = {name: spec.values() for name, spec in self.call().tensors.items()}
         generator = torch.Generator().manual_seed(self.seed + 1)
-        tensors["grad_output"] = torch.randn(self.shape_of("out"), generator=generator).to(self.out_dtype())
+        tensors["grad_output"] = torch.randn(
+            self.shape_of("out"), generator=generator, dtype=torch.float32, device="cpu"
+        ).to(self.out_dtype())
         return tensors
 
     def guarded(self, device: torch.device | str | None = None) -> dict[str, Guarded]:
@@ -214,7 +216,7 @@ class RegionCase:
 
     def _axis_terms(self, center: Tensor, extent: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """A normalised axis, and the sum of the sizes of the terms of its derivative."""
-        distance = (center.unsqueeze(-1) - torch.arange(side, device=center.device)).abs()
+        distance = (center.unsqueeze(-1) - torch.arange(side, device=center.device, dtype=torch.int64)).abs()
         extent = extent.unsqueeze(-1)
         if self.profile == "gaussian":
             extent = extent.clamp(min=1e-3)

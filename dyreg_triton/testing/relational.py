@@ -41,10 +41,10 @@ class RelationalSpec(TensorSpec):
         if not self.dtype.is_floating_point:
             return super().values()
         generator = torch.Generator().manual_seed(int(self.seed))
-        values = torch.randn(self.shape, generator=generator) * self.scale
+        values = torch.randn(self.shape, generator=generator, dtype=torch.float32, device="cpu") * self.scale
         if self.zeros:
             positions = values.narrow(-4, 0, 1).shape if values.shape[-4] else values.shape
-            values = values * (torch.rand(positions, generator=generator) >= 0.25)
+            values = values * (torch.rand(positions, generator=generator, dtype=torch.float32, device="cpu") >= 0.25)
         return values.to(self.dtype)
 
 
@@ -133,7 +133,9 @@ class RelationalCase:
         """Contiguous inputs and `grad_output`, on the CPU."""
         tensors = {name: spec.values() for name, spec in self.call().tensors.items()}
         generator = torch.Generator().manual_seed(self.seed + 1)
-        tensors["grad_output"] = torch.randn(self.out_shape(), generator=generator).to(self.dtype)
+        tensors["grad_output"] = torch.randn(
+            self.out_shape(), generator=generator, dtype=torch.float32, device="cpu"
+        ).to(self.dtype)
         return tensors
 
     def function(self, module: ModuleType) -> Callable[..., Tensor]:

@@ -163,8 +163,14 @@ def _recorded(options: argparse.Namespace, make: Callable[[str], Any], device: A
     for dtype in options.dtype or [None]:
         model = make(options.factory)
         model.to(device, getattr(torch, dtype or "", None))
-        first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros((), device=device))
-        inputs = [torch.randn(shape).to(first).requires_grad_() for shape in options.example]
+        first = next(
+            (p for p in model.parameters() if p.is_floating_point()),
+            torch.zeros((), device=device, dtype=torch.float32),
+        )
+        inputs = [
+            torch.randn(shape, dtype=torch.float32, device="cpu").to(first).requires_grad_()
+            for shape in options.example
+        ]
         try:
             with recording() as recorded, torch.enable_grad():
                 outputs = [t for t in _tensors(model(*inputs)) if t.requires_grad]

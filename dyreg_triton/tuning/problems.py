@@ -16,7 +16,7 @@ from .rooms import ROOMS
 
 def keys_of(call: TunedCall, family: str) -> list[Key]:
     """The keys of the kernels that a call launches, in order."""
-    feature = torch.empty(0, dtype=call.dtype())
+    feature = torch.empty(0, dtype=call.dtype(), device="cpu")
     if call.op == "relational_attention":
         return _relational_keys(call, feature)
     if call.op == "bilinear_transform":
@@ -147,7 +147,7 @@ class Running:
     def _tensor(name: str, spec: Any, call: TunedCall, device: torch.device) -> Tensor:
         if name == "regions":
             return spec.values().to(device)
-        t = torch.randn(spec.shape, device=device).to(spec.dtype) * getattr(spec, "scale", 1.0)
+        t = torch.randn(spec.shape, device=device, dtype=torch.float32).to(spec.dtype) * getattr(spec, "scale", 1.0)
         if call.tensors[name]["layout"] == "channels_last":
             axis = -3 if call.op.startswith("region") else -4
             t = t.movedim(axis, -1).contiguous().movedim(-1, axis)

@@ -84,7 +84,9 @@ def contribution_maps(
 
 def _at_offset(weights: Tensor, step: int, offset: int, length: int) -> Tensor:
     """Weight m of (*, S) at cell m step + offset of (*, length), or at the last cell where that is beyond it."""
-    where = (torch.arange(weights.shape[-1], device=weights.device) * step + offset).clamp(max=length - 1)
+    where = (torch.arange(weights.shape[-1], device=weights.device, dtype=torch.int64) * step + offset).clamp(
+        max=length - 1
+    )
     return weights.new_zeros(*weights.shape[:-1], length).index_add(-1, where, weights)
 
 
@@ -152,5 +154,5 @@ def _chosen(op: str, group: Any, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{op}: group is {what(group)}; accepted is None, an integer from 0 to {count - 1}, or several"
         )
-    where = torch.tensor([int(g) for g in groups], device=p.device)
+    where = torch.tensor([int(g) for g in groups], device=p.device, dtype=torch.int64)
     return p.index_select(1, where), q.index_select(1, where)

@@ -225,14 +225,17 @@ def _input(clip: Any, options: argparse.Namespace, model: Any, layers: Any) -> A
         values = getattr(options, name)
         if len(values) not in (1, channels):
             raise ValueError(f"{name} is {values}; accepted is one number, or {channels} for this clip's channels")
-        given[name] = torch.tensor(values).view(-1, 1, 1, 1)
+        given[name] = torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
     if not given["std"].all():
         raise ValueError(f"std is {options.std}; accepted are numbers that are not 0")
     x = (clip - given["mean"]) / given["std"]
     images = all(getattr(layer, "dimensions", 3) == 2 for layer in layers)
     layout = options.layout or ("TCHW" if images else "BCTHW")
     x = {"BCTHW": x.unsqueeze(0), "BTCHW": x.transpose(0, 1).unsqueeze(0), "TCHW": x.transpose(0, 1)}[layout]
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros((), device=options.device))
+    first = next(
+        (p for p in model.parameters() if p.is_floating_point()),
+        torch.zeros((), device=options.device, dtype=torch.float32),
+    )
     return x.contiguous().to(first)
 
 

@@ -79,7 +79,9 @@ def as_frames(clip: Tensor) -> Tensor:
 
 def heat_colors(values: Tensor) -> Tensor:
     """Colours (*, 3) in [0, 1] for values (*,) in [0, 1]: black, violet, orange, pale yellow. Brighter is more."""
-    table = torch.tensor([[int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)] for color in INFERNO])
+    table = torch.tensor(
+        [[int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)] for color in INFERNO], dtype=torch.float32, device="cpu"
+    )
     at = values.detach().cpu().float().clamp(0, 1) * (len(INFERNO) - 1)
     below = at.floor().long().clamp(max=len(INFERNO) - 2)
     share = (at - below).unsqueeze(-1)
@@ -150,8 +152,8 @@ class _Drawing:
 
         width, height = self.panel
         values = (self.maps[group, frame] / self.top[group].clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
-        rows = torch.arange(height) * values.shape[0] // height
-        columns = torch.arange(width) * values.shape[1] // width
+        rows = torch.arange(height, dtype=torch.int64, device="cpu") * values.shape[0] // height
+        columns = torch.arange(width, dtype=torch.int64, device="cpu") * values.shape[1] // width
         values = values[rows][:, columns].unsqueeze(-1)
         grey = torch.from_numpy(np.array(self.pictures[self.shown[frame]].convert("L"))).unsqueeze(-1) / 255
         color = heat_colors(values.squeeze(-1)) * (0.78 + 0.22 * grey) + 0.34 * grey * (1 - values)
@@ -200,7 +202,11 @@ class _Drawing:
         x, y = (gap + room - right, gap + TEXT_LINE * FINE // 2) if beside else (gap, y + TEXT_LINE * FINE // 2)
         draw.text((x, y), bar[0], fill=QUIET, font=small, anchor="lm")
         x += int(measure.textlength(bar[0], font=small)) + 6 * FINE
-        strip = (heat_colors(torch.linspace(0, 1, BAR[0] * FINE)) * 255).round().to(torch.uint8)
+        strip = (
+            (heat_colors(torch.linspace(0, 1, BAR[0] * FINE, dtype=torch.float32, device="cpu")) * 255)
+            .round()
+            .to(torch.uint8)
+        )
         strip = strip.expand(BAR[1] * FINE, -1, 3).contiguous()
         picture.paste(self.pillow.Image.fromarray(strip.numpy()), (x, y - BAR[1] * FINE // 2))
         draw.text((x + (BAR[0] + 6) * FINE, y), bar[1], fill=QUIET, font=small, anchor="lm")
