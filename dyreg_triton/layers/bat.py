@@ -4,30 +4,20 @@ Transforms', CVPR 2020)."""
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .. import ops
-from ..autocast import full_precision, lowered
 from ..pretrained import Pretrained
 from ..validate import choice, is_integer, layer_input, positive_int, probability, what
 from .leaves import tensor_of
-from .windows import Axis, cut, cut_columns, extended, normalised
+from .symbols import read_filters, symbolic, transformed_at_once
+from .transform import Axes, Matrices, Predictors, axes_of, predicted, transformed
 
 NORMALISATIONS = ("softmax", "sigmoid")
 AXES = ("input", "output")
 RULES = ("weight", "logit")
 REMAINDERS = ("repeat", "refuse")
-
-
-class Matrices(NamedTuple):
-    """What the op is called with: p (B, G, T, mh, mh), q (B, G, T, mw, mw), and t (B, Gt, mt, mt) or None."""
-
-    p: Tensor
-    q: Tensor
-    t: Tensor | None
 
 
 def convolution(dimensions: int) -> Any:
@@ -144,16 +134,13 @@ class BATransform(Pretrained):
     def matrices(self, x: Tensor) -> Matrices:
         """P, Q and R of an input, which is extended where it is no multiple: T, H and W are then the extended ones."""
         self._check(x)
-        return self._matrices(x, *self.axes(x))
+        return predicted(self.conv1(x), self.axes(x), self._predictors(), self)
 
     def _check(self, x: Tensor) -> None:
         clip_input("BATransform", x, tensor_of(self.conv2, self), self.in_channels, self.dimensions)
 
-    def axes(self, x: Tensor) -> tuple[Axis | None, Axis, Axis]:
-        """How frames (None: they are not mixed), rows and columns of an x of any channels are cut.
-
-        Raises ValueError where x is smaller than a window, or is no multiple and the layer refuses it.
-        """
+    def accept(self, x: Tensor) -> None:
+        """Raise ValueError for an x, of any channels, that is smaller than a window."""
         s, ts = self.window, self.temporal_window
         names = {"H": (-2, s), "W": (-1, s)} | ({"T": (-3, ts)} if self.temporal_groups else {})
         for name, (dim, window) in names.items():
@@ -163,62 +150,26 @@ class BATransform(Pretrained):
                     f"BATransform: x is {what(x)}, of {name} = {x.shape[dim]}; accepted is at least one window, "
                     f"{option} = {window}"
                 )
-        down = cut(x.shape[-2], s)
-        axes = (cut(x.shape[-3], ts) if self.temporal_groups else None), down, cut_columns(x.shape[-1], s, down)
-        for name, axis in zip("THW", axes, strict=True):
-            if axis is not None and axis.extension and self.remainder == "refuse":
-                raise ValueError(
-                    f"BATransform: x is {what(x)}, of {name} = {axis.length}, which {axis.cells} coarse cells of "
-                    f"{axis.scale} exceed; accepted with remainder='refuse' is a size without remainder, such as "
-                    f"{axis.cells * axis.scale}, and any with remainder='repeat'"
-                )
-        return axes
 
-    def _matrices(self, x: Tensor, time: Axis | None, down: Axis, across: Axis) -> Matrices:
-        out = self.conv1(x)
-        for dim, axis in zip((-3, -2, -1), (time, down, across), strict=True):
-            if axis is not None:
-                out = extended(out, dim, axis.extension)
-        rows = self._pooled(out, (down.scale, out.shape[-1]))
-        columns = self._pooled(out, (out.shape[-2], across.scale))
-        p = self._weights(self.conv_p(rows).squeeze(-1), self.groups, self.window, -1)
-        q = self._weights(self.conv_q(columns).squeeze(-2), self.groups, self.window, -2)
-        if time is None:
-            return Matrices(p, q, None)
-        frames = out.mean((-2, -1)).unflatten(-1, (time.cells, time.scale)).mean(-1)
-        t = self.conv_t(frames[..., None, None]).flatten(2)
-        return Matrices(p, q, self._weights(t, self.temporal_groups, self.temporal_window, -1).squeeze(2))
+    def axes(self, x: Tensor) -> Axes:
+        """How frames, rows and columns of an x of any channels are cut.
 
-    def _pooled(self, x: Tensor, cell: tuple[int, int]) -> Tensor:
-        """The maximum of each cell; frame by frame in two dimensions, whose gradient is deterministic on a GPU."""
-        flat = x.flatten(1, -3)
-        return F.max_pool2d(flat, cell).unflatten(1, x.shape[1:-2])
+        Raises ValueError where x is smaller than a window, or is no multiple and the layer refuses it.
+        """
+        self.accept(x)
+        return axes_of(x, self)
 
-    def _weights(self, logits: Tensor, groups: int, size: int, axis: int) -> Tensor:
-        """Matrices (B, groups, T, m, m) of the logits (B, size * size * groups, T, n) of n windows."""
-        if logits.dim() == 3:  # no frames
-            logits = logits.unsqueeze(2)
-        logits = logits.unflatten(1, (groups, size, size)).permute(0, 1, 4, 5, 2, 3)
-        if self.softmax_axis == "output":
-            axis = -3 - axis
-        with full_precision(logits.device.type):
-            return normalised(logits, axis, self.normalisation, self.window_rule)
+    def _predictors(self) -> Predictors:
+        """The convolutions that predict P, Q and, where frames are mixed, R."""
+        return Predictors(self.conv_p, self.conv_q, self.conv_t if self.temporal_groups else None)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
+        self.accept(x)
+        if symbolic(x) and (filters := read_filters(self._predictors(), convolution(self.dimensions))) is not None:
+            return self.conv2(transformed_at_once(x, self.conv1(x), filters, self))
         axes = self.axes(x)
-        matrices = self._matrices(x, *axes)
-        size, x = x.shape[2:], lowered(x)  # as the op does, and autocast's cat takes no other 16 bits
-        for dim, axis in zip((-3, -2, -1), axes, strict=True):
-            if axis is not None:
-                x = extended(x, dim, axis.extension)
-        y = ops.bilinear_transform(x.unsqueeze(2) if self.dimensions == 2 else x, *matrices)
-        if self.dimensions == 2:
-            y = y.squeeze(2)
-        if y.shape[2:] != size:
-            for dim, length in zip((-2, -1) if self.dimensions == 2 else (-3, -2, -1), size, strict=True):
-                y = y.narrow(dim, 0, length)
-        return self.conv2(y)
+        return self.conv2(transformed(x, predicted(self.conv1(x), axes, self._predictors(), self), axes))
 
     def extra_repr(self) -> str:
         sizes = ("window", "temporal_window", "groups", "temporal_groups", "dimensions")
@@ -270,7 +221,10 @@ class BATBlock(Pretrained):
 
     def forward(self, x: Tensor) -> Tensor:
         clip_input("BATBlock", x, tensor_of(self.conv1, self), self.in_channels, self.dimensions)
-        self.batransform.axes(x)  # refuses what it cannot take, before anything runs
+        if symbolic(x):  # what else is refused then is so when it runs
+            self.batransform.accept(x)
+        else:
+            self.batransform.axes(x)  # refuses what it cannot take, before anything runs
         return self.dropout(self.conv2(self.batransform(self.conv1(x)))) + x
 
     def extra_repr(self) -> str:

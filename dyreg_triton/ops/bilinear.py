@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import reference, tuning
 from ..autocast import beside, lowered
+from ..dispatch import choose
 from ..eager import bilinear as eager
 from ..layouts import memory_format
 from ..tuning import calls
@@ -95,10 +96,13 @@ def _(x, p, q, t):
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
+def products(numbers: int, down: int, width: int, time: int | None) -> tuple[int, int, int]:
+    """What the products of x's numbers with P, Q and R count: eager writes Q out to W columns, P and R not."""
+    return 2 * numbers * down, 2 * numbers * width, 2 * numbers * (time or 0)
+
+
 def _products(x: Tensor, p: Tensor, t: Tensor | None) -> tuple[int, int, int]:
-    """What the products with P, Q and R count: eager writes Q out to W columns, R and P not."""
-    each = 2 * math.prod(x.shape)
-    return each * p.shape[-1], each * x.shape[-1], 0 if t is None else each * t.shape[-1]
+    return products(math.prod(x.shape), p.shape[-1], x.shape[-1], None if t is None else t.shape[-1])
 
 
 @_transform.register_flops
@@ -143,3 +147,11 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple:
 
 _transform.register_autograd(_autograd, _setup)
 once_only(_transform_backward, "bilinear_transform")
+
+
+def gradients(dy: Tensor, x: Tensor, p: Tensor, q: Tensor, t: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients of x, p, q and, where it is there, t; for an op of which this one is a part."""
+    given = [a for a in (x, p, q, t) if a is not None]
+    if choose(_OP, x, {"x": x}) == "triton":
+        return tuple(_transform_backward(dy, x, p, q, t, [True, True, True, t is not None])[: len(given)])
+    return torch.func.vjp(bilinear_transform, *given)[1](dy)

@@ -1,0 +1,180 @@
+"""The transform of maps whose sizes are symbols, as one op: a compiler's graph then holds for maps of any size.
+
+How a map is cut follows from its sizes by divisions, of which every question makes another graph: the ninth size would
+be an error with fullgraph=True. Inside the op sizes are numbers, and the convolutions that predict the matrices are
+taken by their tensors. Nothing of it is fused with what is around; graphs of one size are traced through instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..autocast import full_precision, lowered
+from ..dispatch import backend, choose
+from ..layouts import memory_format
+from ..ops.bilinear import products
+from ..ops.custom import once_only, op
+from .leaves import readable
+from .transform import Axes, Matrices, Options, Predictors, axes_of, predicted, transformed, transformed_backward
+
+
+def symbolic(x: Tensor) -> bool:
+    """Whether x is met by a compiler (not an exporter, whose program shall hold torch's own ops) as of any size."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+
+    return not all(known(n % 2 == 0) or known(n % 2 == 1) for n in x.shape[2:])  # of a symbol neither is known
+
+
+class _Form(NamedTuple):
+    """The options as the op takes them: numbers in a list, and names, with the backend's, in one text."""
+
+    window: int
+    temporal_window: int
+    groups: int
+    temporal_groups: int
+    normalisation: str
+    softmax_axis: str
+    window_rule: str
+    remainder: str
+
+
+Filters = tuple[Tensor | None, ...]  # weight and bias of each predictor
+
+
+def read_filters(predictors: Predictors, kind: Any) -> Filters | None:
+    """Weight and bias of each predictor where they may be read instead of calling it, else None."""
+    filters: list[Tensor | None] = []
+    for predictor in predictors:
+        if predictor is None:
+            filters += [None, None]
+            continue
+        leaf = readable(cast(Any, predictor), kind)
+        if leaf is None:
+            return None
+        filters += [leaf.weight, leaf.bias]
+    return tuple(filters)
+
+
+def transformed_at_once(x: Tensor, out: Tensor, filters: Filters, options: Options) -> Tensor:
+    """`transformed(x, predicted(out, ...), ...)` of the predictors' filters."""
+    x = lowered(x)
+    form = _Form(*(getattr(options, name) for name in _Form._fields))
+    name = choose("bilinear_transform", x, {"x": x})
+    filters = tuple(None if t is None else lowered(t) for t in filters)
+    return _at_once(x, lowered(out), *filters, [*form[:4]], " ".join((*form[4:], name)))
+
+
+def _predictors(filters: Filters) -> Predictors:
+    def convolution(weight: Tensor | None, bias: Tensor | None) -> Any:
+        if weight is None:
+            return None
+        conv = (torch.conv1d, torch.conv2d, torch.conv3d)[weight.dim() - 3]
+        return functools.partial(conv, weight=weight, bias=bias)
+
+    return Predictors(*(convolution(*filters[i : i + 2]) for i in (0, 2, 4)))
+
+
+def _cut(x: Tensor, sizes: list[int], how: str) -> tuple[Axes, _Form]:
+    form = _Form(*sizes, *how.split()[:4])  # type: ignore[arg-type]
+    return axes_of(x, form), form
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+@op("bilinear_attention")
+def _at_once(
+    x: Tensor, out: Tensor, wp: Tensor, bp: Tensor | None, wq: Tensor, bq: Tensor | None, wt: Tensor | None,
+    bt: Tensor | None, sizes: list[int], how: str,
+) -> Tensor:  # fmt: skip
+    axes, form = _cut(x, sizes, how)
+    with backend(how.split()[4]), full_precision(x.device.type):
+        y = transformed(x, predicted(out, axes, _predictors((wp, bp, wq, bq, wt, bt)), form), axes)
+    return _like(x).copy_(y)  # a result that was cut back is a part of another
+
+
+@_at_once.register_fake
+def _(x, out, wp, bp, wq, bq, wt, bt, sizes, how):
+    return _like(x)
+
+
+def _counts(x: Tensor, wp: Tensor, wq: Tensor, wt: Tensor | None, sizes: list[int], how: str) -> list[int]:
+    """Multiply-adds of the predictors of P, Q and R; then the extended map, as the op's own formulas take it."""
+    axes, form = _cut(x, sizes, how)
+    frames = 1 if x.dim() == 4 else x.shape[2] + (axes.time.extension if axes.time else 0)
+    found = [
+        2 * x.shape[0] * frames * weight.numel() * (axis.cells - form.window + 1)
+        for weight, axis in ((wp, axes.down), (wq, axes.across))
+    ]
+    times = 0 if axes.time is None else axes.time.cells - form.temporal_window + 1
+    return [*found, 0 if wt is None else 2 * x.shape[0] * wt.numel() * times]
+
+
+@_at_once.register_flops
+def _(x, out, wp, bp, wq, bq, wt, bt, sizes, how):
+    axes, _ = _cut(x, sizes, how)
+    return sum(_counts(x, wp, wq, wt, sizes, how)) + sum(products(*_sides(x, axes)))
+
+
+def _sides(x: Tensor, axes: Axes) -> tuple[int, int, int, int | None]:
+    """Numbers of the extended map, and the sides of P, of the map's rows, and of R."""
+    numbers, sizes = x.shape[0] * x.shape[1], [axis.length + axis.extension for axis in axes if axis is not None]
+    frames = x.shape[2] if x.dim() == 5 and axes.time is None else 1
+    return numbers * frames * math.prod(sizes), axes.down.cells, sizes[-1], axes.time.cells if axes.time else None
+
+
+@op("bilinear_attention_backward")
+def _at_once_backward(
+    dy: Tensor, x: Tensor, out: Tensor, wp: Tensor, bp: Tensor | None, wq: Tensor, bq: Tensor | None,
+    wt: Tensor | None, bt: Tensor | None, sizes: list[int], how: str,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of x, out and those filters that are there; matrices are predicted again."""
+    axes, form = _cut(x, sizes, how)
+    filters = (wp, bp, wq, bq, wt, bt)
+    there = [i for i, t in enumerate(filters) if t is not None]
+
+    def matrices(out: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        full = dict(zip(there, given, strict=True))
+        found = predicted(out, axes, _predictors(tuple(full.get(i) for i in range(6))), form)
+        return tuple(m for m in found if m is not None)
+
+    with backend(how.split()[4]), full_precision(x.device.type):
+        found, pull = torch.func.vjp(  # type: ignore[misc]  # without auxiliary output there are two
+            matrices, out, *[filters[i] for i in there]
+        )
+        dx, *dm = transformed_backward(dy, x, Matrices(*found, *[None] * (3 - len(found))), axes)
+        return [_like(x).copy_(dx), *(t.clone() for t in pull(tuple(dm)))]
+
+
+@_at_once_backward.register_fake
+def _(dy, x, out, wp, bp, wq, bq, wt, bt, sizes, how):
+    return [_like(x), *(torch.empty_like(t) for t in (out, wp, bp, wq, bq, wt, bt) if t is not None)]
+
+
+@_at_once_backward.register_flops
+def _(dy, x, out, wp, bp, wq, bq, wt, bt, sizes, how):
+    axes, _ = _cut(x, sizes, how)
+    return 2 * (sum(_counts(x, wp, wq, wt, sizes, how)) + sum(products(*_sides(x, axes))))
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.sizes, ctx.how = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple:
+    saved = ctx.saved_tensors
+    gradients = iter(_at_once_backward(dy, *saved, ctx.sizes, ctx.how))
+    return *(None if t is None else next(gradients) for t in saved), None, None
+
+
+_at_once.register_autograd(_autograd, _setup)
+once_only(_at_once_backward, "bilinear_transform")
