@@ -108,6 +108,14 @@ def _recurrent(channels: int) -> nn.RNNBase:
     return getattr(nn, ARGS.rnn_type)(channels, channels, batch_first=True)
 
 
+def _over_time(rnn: nn.RNNBase, sequences: Tensor) -> Tensor:
+    """The outputs. An LSTM's input is lowered as autocast does inside, which fails on CPUs without AVX-512."""
+    kind = sequences.device.type
+    if isinstance(rnn, nn.LSTM) and torch.is_autocast_enabled(kind) and sequences.dtype != torch.float64:
+        sequences = sequences.to(torch.get_autocast_dtype(kind))
+    return rnn(sequences)[0]
+
+
 class _Affine(nn.Module):
     def __init__(self, shape: list[int], norm_shape: tuple[int, ...], start: float = 1.0):
         super().__init__()
@@ -160,7 +168,7 @@ class RSTG(nn.Module):
 
     def over_time(self, rnn: nn.RNNBase, nodes: Tensor) -> Tensor:
         rnn.flatten_parameters()
-        sequences, _ = rnn(nodes.transpose(1, 2).flatten(0, 1))
+        sequences = _over_time(rnn, nodes.transpose(1, 2).flatten(0, 1))
         return sequences.unflatten(0, (self.B, self.num_nodes)).transpose(1, 2)
 
     def combine(self, one: Tensor, other: Tensor) -> Tensor:
@@ -334,7 +342,7 @@ class DynamicGraph(nn.Module):
             latent = self.glore(x).permute(0, 2, 1)
         latent = self.norm_dict["offset_ln_feats_coords"](latent).unflatten(0, (self.B, self.T))
         self.offset_lstm.flatten_parameters()
-        latent, _ = self.offset_lstm(latent.transpose(1, 2).flatten(0, 1))
+        latent = _over_time(self.offset_lstm, latent.transpose(1, 2).flatten(0, 1))
         latent = latent.unflatten(0, (self.B, self.num_nodes)).transpose(1, 2).flatten(0, 1)
         return self.offset_pred(self.norm_dict["offset_ln_lstm"](latent)) * self.offset_alpha
 
