@@ -39,6 +39,7 @@ __all__ = [
     "INTERPRETED",
     "LAYOUTS",
     "MATRIX_KINDS",
+    "PATIENCE",
     "PROFILES",
     "REGION_KINDS",
     "REGION_OPS",
@@ -70,6 +71,7 @@ __all__ = [
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 DEVICE = default_device()
+PATIENCE = 3600  # seconds for what takes a few: only a hang is ended by it, on a machine however busy
 
 
 def backends(*names: str, dtype: torch.dtype = torch.float32) -> list[Any]:

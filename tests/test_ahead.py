@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support import PATIENCE
 
 import dyreg_triton as dt
 from dyreg_triton import tuning
@@ -89,15 +92,22 @@ def test_what_cannot_be_compiled_is_left_to_the_launch(cache: Path, compilers: a
 def test_a_search_that_is_over_is_dropped(compilers: ahead.Compilers) -> None:
     """But not what has begun, nor defaults, nor candidates of the search that goes on."""
     later = KEY._replace(kind="scatter_moments")
-    with mock.patch.object(compilers, "_ask", side_effect=lambda task: time.sleep(0.2)):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def ask(task: str) -> None:
+        begun.set()
+        go_on.wait(PATIENCE)
+
+    with mock.patch.object(compilers, "_ask", side_effect=ask):
         for i, (key, default) in enumerate([(KEY, False), (KEY, False), (KEY, True), (later, False)]):
             compilers.begin(CALL, key, Config(16, 16, 16 << i), default=default)
         compilers.begin(CALL, later, Config(16, 16, 128))  # begun twice is begun once
-        time.sleep(0.05)
+        assert begun.wait(PATIENCE)
         compilers.drop(later)
         assert [(key.kind, config.block_p) for key, config in compilers._asked] == [
             ("gather", 16), ("gather", 64), ("scatter_moments", 128),
         ]  # fmt: skip
+        go_on.set()
         compilers.wait(KEY, Config(16, 16, 32))
 
 
@@ -105,11 +115,10 @@ def test_close_ends_what_is_under_way(cache: Path) -> None:
     compilers = ahead.Compilers(torch.device("cpu"), 2)
     for warps in (2, 4, 8, 16):
         compilers.begin(CALL, KEY, Config(16, 16, 16, warps))
-    time.sleep(0.2)
-    start = time.monotonic()
+    while len(compilers._processes) < 2:
+        time.sleep(0.01)
     compilers.close()
-    assert time.monotonic() - start < 30
-    assert all(process.poll() is not None for process in compilers._processes)
+    assert {process.returncode for process in compilers._processes} == {-signal.SIGKILL}  # nothing was waited for
 
 
 def test_a_process_answers_every_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

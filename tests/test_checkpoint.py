@@ -30,6 +30,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import PATIENCE
 from torch import Tensor, nn
 
 import dyreg_triton as dt
@@ -507,7 +508,7 @@ def test_a_saved_checkpoint_opens_without_this_library(tmp_path: Path) -> None:
         "except ImportError: print('not here')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     assert done.stdout.splitlines() == [f"{' '.join(checkpoint)} ['why', 'tensor']", "not here"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import RegionCase, assert_identical, backends, value_and_gradients
+from support import PATIENCE, RegionCase, assert_identical, backends, value_and_gradients
 
 import dyreg_triton as dt
 from dyreg_triton.dispatch import can_run, current_backend
@@ -96,7 +96,7 @@ def test_a_refused_name_changes_nothing() -> None:
 
 def test_threads_choose_for_themselves() -> None:
     """Two threads with two backends at once, and a third that keeps the default."""
-    barrier = threading.Barrier(3, timeout=60)
+    barrier = threading.Barrier(3, timeout=PATIENCE)
     seen: dict[str, list[object]] = {}
 
     def run(name: str) -> None:

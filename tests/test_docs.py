@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import INTERPRETED
+from support import INTERPRETED, PATIENCE
 
 import dyreg_triton as dt
 from dyreg_triton import testing
@@ -168,7 +168,7 @@ def test_pictures_can_be_drawn(tmp_path: Path) -> None:
     from PIL import Image
 
     command = [sys.executable, str(DOCS / "pictures.py"), "--out", str(tmp_path), "--steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("contributions.webp", "profiles.webp", "variants.webp"):
         with Image.open(tmp_path / name) as drawn, Image.open(DOCS / name) as kept:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from support import (
     DEVICE,
+    PATIENCE,
     PROFILES,
     REGION_OPS,
     RegionCase,
@@ -130,7 +131,7 @@ if sys.platform == "linux":
     GLOO["GLOO_SOCKET_IFNAME"] = "lo"
 
 
-def python(code: str, *arguments: object, timeout: float = 120, **environment: str) -> str:
+def python(code: str, *arguments: object, timeout: float = PATIENCE, **environment: str) -> str:
     """Run `code` in a process of its own, which can import this file, and return what it prints."""
     here = Path(__file__).resolve().parent
     paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
@@ -401,7 +402,9 @@ def ddp_rank(rank: int, folder: str) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     meet = Path(folder, "meet").as_uri()  # a file: no port that another process may take first
-    distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=40))
+    distributed.init_process_group(
+        "gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=PATIENCE)
+    )
     seen: dict[str, Any] = {}
     for variant in TRAINED:
         torch.manual_seed(rank)
@@ -429,7 +432,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
     def start(rank: int) -> None:
         try:
-            python(code, rank, tmp_path, timeout=90, **GLOO)
+            python(code, rank, tmp_path, **GLOO)
         except BaseException as error:
             failures.append(error)
 
@@ -860,9 +863,9 @@ def test_two_backends_in_two_threads(one: str, other: str) -> None:
 
     def work(backend: str, barrier: threading.Barrier, repeats: int) -> list[list[Tensor]]:
         with dt.backend(backend):
-            barrier.wait(60)  # both backends are set before either is used
+            barrier.wait(PATIENCE)  # both backends are set before either is used
             found = [everything() for _ in range(repeats)]
-            barrier.wait(60)
+            barrier.wait(PATIENCE)
         return found
 
     alone = [in_parallel(lambda b=b: work(b, threading.Barrier(1), 1))[0][0] for b in (one, other)]
@@ -1212,7 +1215,7 @@ def large_batch(shape: tuple[int, int, int, int], backend: str, dtype: torch.dty
     assert_all_close(found, expected, tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-def on_its_own(call: str, gigabytes: int, timeout: float = 240) -> None:
+def on_its_own(call: str, gigabytes: int) -> None:
     """Run a function of this file in a process of its own: what goes wrong there is a segmentation fault.
 
     gigabytes: of memory that there must be, although on the CPU most of it is never touched.
@@ -1223,7 +1226,7 @@ def on_its_own(call: str, gigabytes: int, timeout: float = 240) -> None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if memory < gigabytes * 1e9:
         pytest.skip(f"needs {gigabytes} GB of memory")
-    python(f"import torch, test_ecosystem; test_ecosystem.{call}", timeout=timeout)
+    python(f"import torch, test_ecosystem; test_ecosystem.{call}")
 
 
 @pytest.mark.kernels

@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 from support import (
     DEVICE,
+    PATIENCE,
     RELATIONAL_CONTEXTS,
     RELATIONAL_KERNELS,
     BilinearCase,
@@ -306,7 +307,7 @@ print(early, counter.get_total_flops())
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert done.stdout.split() == ["False", "1440"], done.stderr[-2000:]
 

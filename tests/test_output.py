@@ -22,6 +22,7 @@ import bench_rows
 import numpy as np
 import pytest
 import torch
+from support import PATIENCE
 from test_demo import figures
 from tqdm import tqdm
 
@@ -410,7 +411,7 @@ def test_the_class_of_an_error_stays(tmp_path: Path) -> None:
 
 
 def test_two_threads_write_one_file(tmp_path: Path) -> None:
-    path, inside = tmp_path / "a.txt", threading.Barrier(2, timeout=600)
+    path, inside = tmp_path / "a.txt", threading.Barrier(2, timeout=PATIENCE)
 
     def write(text: str) -> None:
         with replacing(path) as temporary:

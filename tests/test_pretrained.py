@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from support import assert_identical, awake
+from support import PATIENCE, assert_identical, awake
 from test_errors import refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -1084,5 +1084,5 @@ def test_packages_are_imported_at_first_use() -> None:
         "import sys, dyreg_triton as dt; layer = dt.layers.RSA(4, num_queries=2);"
         "print([name for name in ('safetensors', 'huggingface_hub') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.strip() == "[]"

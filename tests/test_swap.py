@@ -22,6 +22,7 @@ import pytest
 import torch
 from support import (
     DEVICE,
+    PATIENCE,
     assert_all_close,
     assert_close,
     assert_identical,
@@ -1112,7 +1113,9 @@ def ddp_rank(rank: int, folder: str) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     meet = Path(folder, "meet").as_uri()
-    distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=40))
+    distributed.init_process_group(
+        "gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=PATIENCE)
+    )
     seen: dict[str, Any] = {}
     for name, how in product(SWAPPED, ("as it is", "inside", "before")):
         torch.manual_seed(0)
@@ -1137,7 +1140,7 @@ def test_data_parallel(tmp_path: Path) -> None:
     code = "import sys, test_swap; test_swap.ddp_rank(int(sys.argv[1]), sys.argv[2])"
 
     def start(rank: int) -> None:
-        python(code, rank, tmp_path, timeout=90, **GLOO)
+        python(code, rank, tmp_path, **GLOO)
 
     in_parallel(*[lambda rank=rank: start(rank) for rank in range(RANKS)])
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(RANKS)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import PATIENCE
 from swap_cases import SWAPPED
 
 from dyreg_triton.cli import main
@@ -193,6 +194,6 @@ def test_as_a_process(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
 
     command = [sys.executable, "-m", "dyreg_triton", "swap", "somebody.models:clips", "--example", CLIP]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert all(path in done.stdout for path in SWAPPED["rsa net"])

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from support import (
     LAYOUTS,
+    PATIENCE,
     PROFILES,
     REGION_KINDS,
     REGION_OPS,
@@ -632,4 +633,4 @@ def test_kit_comes_without_hypothesis() -> None:
             else:
                 raise SystemExit("no error")
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=PATIENCE)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import DEVICE, assert_close, settings
+from support import DEVICE, PATIENCE, assert_close, settings
 from tuning_cases import (
     BILINEAR_KINDS,
     BROKEN,
@@ -1132,7 +1132,7 @@ def test_every_process_finds_the_same(gpu: Gpu, tmp_path: Path) -> None:
     ]
     said = []
     for one in started:
-        out, err = one.communicate(timeout=120)
+        out, err = one.communicate(timeout=PATIENCE)
         assert one.returncode == 0, err
         said.append(json.loads(out.splitlines()[-1]))
     assert said[0] == said[1]

@@ -13,6 +13,7 @@ import numpy as np
 import published
 import pytest
 import torch
+from support import PATIENCE
 from torch import Tensor, nn
 
 import dyreg_triton as dt
@@ -865,7 +866,7 @@ def test_nothing_in_a_file_is_executed(here: Path, capsys: pytest.CaptureFixture
 def test_as_a_process(here: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-m", "dyreg_triton", "viz", "vizmodels:images", "--clip", "one.png", "--out", "out"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1:] == [
         "  " + os.path.join("out", f"{kind}-1{end}")

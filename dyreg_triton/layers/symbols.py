@@ -18,9 +18,9 @@ from ..autocast import full_precision, lowered
 from ..dispatch import backend, choose
 from ..layouts import memory_format
 from ..ops.bilinear import products
-from ..ops.custom import once_only, op
+from ..ops.custom import once_only, op, recorded
 from .leaves import readable
-from .transform import Axes, Matrices, Options, Predictors, axes_of, predicted, transformed, transformed_backward
+from .transform import Axes, Options, Predictors, axes_of, predicted, transformed
 
 
 def symbolic(x: Tensor) -> bool:
@@ -90,15 +90,19 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
+def _transformed(x: Any, out: Any, *given: Any) -> Tensor:
+    *filters, sizes, how = given
+    axes, form = _cut(x, sizes, how)
+    with backend(how.split()[4]), full_precision(x.device.type):
+        return transformed(x, predicted(out, axes, _predictors(tuple(filters)), form), axes)
+
+
 @op("bilinear_attention")
 def _at_once(
     x: Tensor, out: Tensor, wp: Tensor, bp: Tensor | None, wq: Tensor, bq: Tensor | None, wt: Tensor | None,
     bt: Tensor | None, sizes: list[int], how: str,
 ) -> Tensor:  # fmt: skip
-    axes, form = _cut(x, sizes, how)
-    with backend(how.split()[4]), full_precision(x.device.type):
-        y = transformed(x, predicted(out, axes, _predictors((wp, bp, wq, bq, wt, bt)), form), axes)
-    return _like(x).copy_(y)  # a result that was cut back is a part of another
+    return _like(x).copy_(_transformed(x, out, wp, bp, wq, bq, wt, bt, sizes, how))  # it may be a part of another
 
 
 @_at_once.register_fake
@@ -137,21 +141,11 @@ def _at_once_backward(
     wt: Tensor | None, bt: Tensor | None, sizes: list[int], how: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x, out and those filters that are there; matrices are predicted again."""
-    axes, form = _cut(x, sizes, how)
-    filters = (wp, bp, wq, bq, wt, bt)
-    there = [i for i, t in enumerate(filters) if t is not None]
-
-    def matrices(out: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        full = dict(zip(there, given, strict=True))
-        found = predicted(out, axes, _predictors(tuple(full.get(i) for i in range(6))), form)
-        return tuple(m for m in found if m is not None)
-
-    with backend(how.split()[4]), full_precision(x.device.type):
-        found, pull = torch.func.vjp(  # type: ignore[misc]  # without auxiliary output there are two
-            matrices, out, *[filters[i] for i in there]
-        )
-        dx, *dm = transformed_backward(dy, x, Matrices(*found, *[None] * (3 - len(found))), axes)
-        return [_like(x).copy_(dx), *(t.clone() for t in pull(tuple(dm)))]
+    with recorded():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (x, out, wp, bp, wq, bq, wt, bt)]
+        there = [t for t in leaves if t is not None]
+        gradients = torch.autograd.grad(_transformed(*leaves, sizes, how), there, dy)
+    return [_like(x).copy_(gradients[0]), *(g.clone() for g in gradients[1:])]
 
 
 @_at_once_backward.register_fake

@@ -5,11 +5,9 @@ Functions of tensors; a layer's options are read from whatever has them as attri
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -129,18 +127,3 @@ def transformed(x: Tensor, matrices: Matrices, axes: Axes) -> Tensor:
         for dim, length in zip(range(-len(size), 0), size, strict=True):
             y = y.narrow(dim, 0, length)
     return y
-
-
-def transformed_backward(dy: Tensor, x: Tensor, matrices: Matrices, axes: Axes) -> tuple[Tensor, ...]:
-    """The gradients of x and of the matrices that are there, of `transformed`."""
-    whole: Tensor
-    whole, fold = torch.func.vjp(  # type: ignore[misc]  # without auxiliary output there are two
-        functools.partial(_extended, axes=axes), x
-    )
-    margins = [n for a, b in zip(reversed(whole.shape), reversed(dy.shape), strict=True) for n in (0, a - b)]
-    dy = F.pad(dy, margins)
-    image = x.dim() == 4
-    if image:
-        whole, dy = whole.unsqueeze(2), dy.unsqueeze(2)
-    dx, *rest = ops.bilinear.gradients(dy, whole, *matrices)
-    return fold(dx.squeeze(2) if image else dx)[0], *rest

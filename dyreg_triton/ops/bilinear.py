@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .. import reference, tuning
 from ..autocast import beside, lowered
-from ..dispatch import choose
 from ..eager import bilinear as eager
 from ..layouts import memory_format
 from ..tuning import calls
@@ -147,11 +146,3 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple:
 
 _transform.register_autograd(_autograd, _setup)
 once_only(_transform_backward, "bilinear_transform")
-
-
-def gradients(dy: Tensor, x: Tensor, p: Tensor, q: Tensor, t: Tensor | None) -> tuple[Tensor, ...]:
-    """The gradients of x, p, q and, where it is there, t; for an op of which this one is a part."""
-    given = [a for a in (x, p, q, t) if a is not None]
-    if choose(_OP, x, {"x": x}) == "triton":
-        return tuple(_transform_backward(dy, x, p, q, t, [True, True, True, t is not None])[: len(given)])
-    return torch.func.vjp(bilinear_transform, *given)[1](dy)

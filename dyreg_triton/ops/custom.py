@@ -3,8 +3,9 @@ transforms it refuses."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -114,6 +115,20 @@ class Op:
         if wanted and self.function is not None and torch.is_grad_enabled():
             return self.function.apply(*args)
         return self.implementation(*args)
+
+
+_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Inside an op's implementation, which is below autograd: what is computed can be differentiated."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in _AUTOGRAD:
+        excluded = excluded - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:
