@@ -29,9 +29,13 @@ test: export OMP_NUM_THREADS = 1
 test: lint  ## everything that a change must pass
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m kernels
 	$(BIN)/python -m pytest -n auto
+	# -O drops every assert, on which nothing may rest; pytest rewrites those of the tests, which stay
+	$(BIN)/python -O -m pytest -n auto tests/test_testing.py tests/test_tuner.py tests/test_errors.py
 
-full: $(BIN)/.installed  ## the random tests of the kernels with as many examples as on a GPU: half an hour interpreted
-	FULL=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m kernels tests/test_region.py tests/test_relational.py tests/test_bilinear.py
+full: export OMP_NUM_THREADS = 1
+full: $(BIN)/.installed  ## what repeats tests with more values, and the kernels' random ones as on a GPU: an hour
+	FULL=1 $(BIN)/python -m pytest -n auto -m full
+	FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m kernels tests/test_region.py tests/test_relational.py tests/test_bilinear.py
 
 demo: $(BIN)/.installed  ## dynamic regions learn to find real handwritten digits
 	$(BIN)/python -m dyreg_triton.demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -39,7 +40,12 @@ def _same_start() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of kernels are deselected where no kernel can run."""
+    """Tests of kernels are deselected where no kernel can run, and what repeats others with more values but in full."""
+    if os.environ.get("FULL", "0") != "1":
+        more = [item for item in items if item.get_closest_marker("full")]
+        if more:
+            config.hook.pytest_deselected(items=more)
+            items[:] = [item for item in items if item not in more]
     if dt.dispatch.can_run("triton", device=DEVICE, dtype=torch.float32):
         return
     kernels = [item for item in items if item.get_closest_marker("kernels")]

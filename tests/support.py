@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import hypothesis
@@ -58,6 +58,7 @@ __all__ = [
     "backends",
     "backends_and_dtypes",
     "bilinear_cases",
+    "in_full",
     "mismatch",
     "poisoned_outputs",
     "random_regions",
@@ -90,6 +91,15 @@ def backends_and_dtypes(*dtypes: torch.dtype) -> list[Any]:
         for dtype in dtypes or TOLERANCE
         for p in backends(dtype=dtype)
     ]
+
+
+def in_full(values: Iterable[Any]) -> list[Any]:
+    """Those values of a parameter that repeat others, which are for `make full`."""
+    found = []
+    for v in values:
+        p = v if hasattr(v, "marks") else pytest.param(*(v if isinstance(v, tuple) else (v,)))
+        found.append(pytest.param(*p.values, marks=[*p.marks, pytest.mark.full], id=p.id))
+    return found
 
 
 def settings(examples: int) -> hypothesis.settings:

@@ -27,6 +27,7 @@ from support import (
     backends,
     backends_and_dtypes,
     bilinear_cases,
+    in_full,
     poisoned_outputs,
     settings,
     value_and_gradients,
@@ -1106,7 +1107,7 @@ def test_compile_without_graph_breaks(backend: str, temporal: tuple[int, int] | 
 
 
 @on_temporal
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [*in_full([None]), True])
 @pytest.mark.parametrize("backend", backends("triton", "eager"))
 def test_compile_for_any_channels_and_groups(
     backend: str, dynamic: bool | None, temporal: tuple[int, int] | None

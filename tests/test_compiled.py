@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from support import in_full
 
 pytestmark = pytest.mark.compiled
 compiled = pytest.importorskip("bench.compiled", reason="triton is needed to compile", exc_type=ImportError)
@@ -15,6 +16,11 @@ RelationalCase = relational.RelationalCase
 bilinear = pytest.importorskip("bench.compiled.bilinear", exc_type=ImportError)
 BilinearCase = bilinear.BilinearCase
 on_targets = pytest.mark.parametrize("target", list(compiled.TARGETS))
+
+
+def with_more(names, some, more):
+    """Parametrized by `some`, and in `make full` by `more` of the same kind: each compiles kernels for seconds."""
+    return pytest.mark.parametrize(names, [*some, *in_full(more)], ids=str)
 
 
 def fit(target, dtype, size=(14, 14), n=9, profile="linear", frames=160, channels=512, layout="contiguous"):
@@ -28,8 +34,11 @@ def fit(target, dtype, size=(14, 14), n=9, profile="linear", frames=160, channel
     return codes
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@on_targets
+@with_more(
+    ("target", "dtype"),
+    [*((target, "bfloat16") for target in compiled.TARGETS), ("sm_80", "float32"), ("gfx942", "float32")],
+    [("sm_90", "float32"), ("sm_100", "float32")],
+)
 def test_default_config_fits_every_target(target, dtype):
     codes = fit(target, dtype)
     if dtype == "bfloat16" or target == "gfx942":  # float32 stays float32 unless torch allows TF32
@@ -39,8 +48,11 @@ def test_default_config_fits_every_target(target, dtype):
     assert min(code.store_bytes for code in codes["scatter"]) >= 8
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@on_targets
+@with_more(
+    ("target", "dtype"),
+    [("sm_80", "float32"), ("sm_90", "bfloat16"), ("gfx942", "bfloat16")],
+    [("sm_80", "bfloat16"), ("sm_90", "float32"), ("sm_100", "bfloat16"), ("sm_100", "float32"), ("gfx942", "float32")],
+)
 def test_odd_maps_are_read_and_written_wide(target, dtype):
     """49 cells of 2 bytes divide by 2, no more; a frame of them by 16."""
     codes = fit(target, dtype, size=(7, 7), channels=2048)
@@ -49,14 +61,20 @@ def test_odd_maps_are_read_and_written_wide(target, dtype):
     assert min(c.store_bytes for kind in ("scatter", "scatter_moments") for c in codes[kind]) >= wide
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("profile", ["gaussian", "log-linear"])
+@with_more(
+    ("profile", "dtype"),
+    [("gaussian", "bfloat16"), ("log-linear", "float32")],
+    [("gaussian", "float16"), ("gaussian", "float32"), ("log-linear", "bfloat16"), ("log-linear", "float16")],
+)
 def test_other_profiles(profile, dtype):
     fit("sm_90", dtype, profile=profile)
 
 
-@pytest.mark.parametrize("size", [(28, 28), (56, 56), (13, 17)], ids=str)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@with_more(
+    ("dtype", "size"),
+    [("bfloat16", (28, 28)), ("float32", (13, 17))],
+    [("bfloat16", (56, 56)), ("bfloat16", (13, 17)), ("float32", (28, 28)), ("float32", (56, 56))],
+)
 def test_other_sizes(dtype, size):
     codes = fit("sm_90", dtype, size)
     if size != (13, 17):
@@ -64,12 +82,12 @@ def test_other_sizes(dtype, size):
         assert codes["scatter"][0].store_bytes == 16
 
 
-@pytest.mark.parametrize("n", [1, 17, 64])
+@with_more("n", [64], [1, 17])
 def test_other_numbers_of_regions(n):
     fit("sm_90", "bfloat16", n=n)
 
 
-@pytest.mark.parametrize("size", [(7, 7), (14, 14)], ids=str)
+@with_more("size", [(7, 7)], [((14, 14),)])
 def test_one_channel(size):
     """A constant to the compiler, unlike to the interpreter."""
     fit("sm_90", "bfloat16", size=size, channels=1)
@@ -138,12 +156,12 @@ def fit_relational(target, case):
     return codes
 
 
-@pytest.mark.parametrize(("channels", "size"), relational.STAGES, ids=str)
+@with_more(("channels", "size"), [relational.STAGES[0], relational.STAGES[-1]], relational.STAGES[1:-1])
 def test_stages_of_rsanet(channels, size):
     fit_relational("sm_90", RelationalCase(channels, size))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@with_more("target", ["sm_80", "gfx942"], ["sm_100"])
 def test_last_stage_on_every_target(target):
     """The one with the largest tiles."""
     fit_relational(target, RelationalCase(64, (7, 7)))

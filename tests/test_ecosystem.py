@@ -32,6 +32,7 @@ from support import (
     assert_results_close,
     awake,
     backends,
+    in_full,
     random_regions,
     relative_error,
     run,
@@ -608,7 +609,10 @@ def onnx_session(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "any_batch"),
-    [("default", True), ("published", True), *[(variant, False) for variant in list(VARIANTS)[2:]]],
+    [
+        *((variant, variant in ("default", "published")) for variant in ("default", "published", "pooled", "semantic")),
+        *in_full((variant, False) for variant in ("pooled-lstm", "constant", "static", "grid")),
+    ],
 )
 def test_onnx_of_the_layer(variant: str, any_batch: bool) -> None:
     layer = make(variant, return_regions=True)

@@ -22,6 +22,7 @@ from support import (
     assert_identical,
     backends,
     backends_and_dtypes,
+    in_full,
     poisoned_outputs,
     random_regions,
     region_cases,
@@ -721,7 +722,7 @@ def test_func_transforms(backend: str, op: str, device: torch.device) -> None:
 
 
 @on_ops
-@on_backends
+@pytest.mark.parametrize("backend", [*backends("triton", "eager"), *in_full(backends("reference"))])
 def test_compile_without_graph_breaks(backend: str, op: str, device: torch.device) -> None:
     torch._dynamo.reset()
     case = RegionCase(op, (2,), 3, 4, (5, 6), "gaussian", seed=6)

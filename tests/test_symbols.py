@@ -60,10 +60,22 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
     "RSA": (lambda: dt.layers.RSA(8, num_queries=2, kernel_size=3), clip),
     "RSA strided": (lambda: dt.layers.RSA(8, num_queries=2, kernel_size=(3, 5, 5), stride=(1, 2, 2)), longer),
 }
+ALWAYS = {
+    ("BATransform of all lengths", True),
+    ("BATBlock", None),
+    ("BATBlock of images", True),
+    ("NonLocalBlock", True),
+}
 
 
-@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "by itself"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        pytest.param(name, dynamic, marks=() if (name, dynamic) in ALWAYS else pytest.mark.full)
+        for name in LAYERS
+        for dynamic in (True, None)
+    ],
+)
 def test_thirty_sizes_are_one_graph_or_two(name: str, dynamic: bool | None, device: torch.device) -> None:
     """Of equal sides torch makes one more, which it takes for one symbol."""
     torch._dynamo.reset()
@@ -82,6 +94,7 @@ def test_thirty_sizes_are_one_graph_or_two(name: str, dynamic: bool | None, devi
     torch._dynamo.reset()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("recurrence", ["gru", "lstm"])
 def test_clips_of_any_length_of_dynamic_regions(recurrence: str, device: torch.device) -> None:
     """With torch's own setting; torch's recurrences take a length as it is, so each length is a graph."""

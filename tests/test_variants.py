@@ -745,7 +745,7 @@ def test_the_mean_over_many_frames_fits_16_bits(device: torch.device) -> None:
     assert relative_error(halved, regions) < 0.1
 
 
-@pytest.mark.parametrize("variant", ["full", "semantic"])
+@pytest.mark.parametrize("variant", [pytest.param("full", marks=pytest.mark.full), "semantic"])
 def test_compiles_for_clips_of_any_length(variant: str, device: torch.device) -> None:
     torch._dynamo.reset()
     layer = awake(make(variant, (5, 6), iterations=1)).to(device)
