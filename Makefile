@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help test full lint demo pictures bench compiled gpu-wheels clean
+.PHONY: help test full adapters lint demo pictures bench compiled gpu-wheels clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -30,7 +30,15 @@ test: lint  ## everything that a change must pass
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m kernels
 	$(BIN)/python -m pytest -n auto
 
-full: $(BIN)/.installed  ## the random tests of the kernels with as many examples as on a GPU: half an hour interpreted
+# an extra of its own, for peft brings transformers
+$(BIN)/.adapters: $(BIN)/.installed
+	$(PIP) --no-build-isolation -e '.[adapters]'
+	touch $@
+
+adapters: $(BIN)/.adapters  ## the layers under PEFT and accelerate themselves
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_adapters.py
+
+full: adapters  ## that, and the random tests of the kernels with as many examples as on a GPU: half an hour
 	FULL=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m kernels tests/test_region.py tests/test_relational.py tests/test_bilinear.py
 
 demo: $(BIN)/.installed  ## dynamic regions learn to find real handwritten digits
