@@ -116,6 +116,7 @@ def fresh(case: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, lis
 
 
 @pytest.mark.parametrize(("case", "kind"), COMBINED)
+@pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate")
 def test_an_adapter_counts_and_learns(case: str, kind: str) -> None:
     layer, paths, x = fresh(case)
     plain = copy.deepcopy(layer)
