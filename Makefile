@@ -32,8 +32,13 @@ test: lint  ## everything that a change must pass
 	# -O drops every assert, on which nothing may rest; pytest rewrites those of the tests, which stay
 	$(BIN)/python -O -m pytest -n auto tests/test_testing.py tests/test_tuner.py tests/test_errors.py
 
+# an extra of its own, for peft brings transformers
+$(BIN)/.adapters: $(BIN)/.installed
+	$(PIP) --no-build-isolation -e '.[adapters]'
+	touch $@
+
 full: export OMP_NUM_THREADS = 1
-full: $(BIN)/.installed  ## what repeats tests with more values, and the kernels' random ones as on a GPU: an hour
+full: $(BIN)/.adapters  ## adapters, what repeats tests with more values, the kernels' random ones as on a GPU: an hour
 	FULL=1 $(BIN)/python -m pytest -n auto -m full
 	FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m kernels tests/test_region.py tests/test_relational.py tests/test_bilinear.py
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import dyreg_triton as dt
+from dyreg_triton.layers.leaves import readable
 from dyreg_triton.layers.norms import ChannelAffineNorm
 
 # every leaf that is read: the layer that holds it, its path, the shape of an input
@@ -127,6 +128,24 @@ def test_a_forward_set_on_an_instance_counts(case: str) -> None:
     actual.square().sum().backward()
     assert more.grad is not None
     assert more.grad.abs() > 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_forward_that_was_put_back_is_none_at_all(name: str) -> None:
+    """As accelerate does: once its hooks are off, the class's own forward is set on every instance."""
+    make, shape = LAYERS[name]
+    layer = quiet(make())
+    x = torch.randn(shape)
+    expected = layer(x)
+    for part in layer.modules():
+        part.forward = part.forward
+    assert torch.equal(layer(x), expected)  # the same way, to the bit
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    for part in layer.modules():
+        if part._parameters and not part._modules:
+            assert readable(part, type(part)) is part
+            replica = part._replicate_for_data_parallel()  # its forward is that of the original
+            assert readable(replica, type(part)) is None
 
 
 @every_leaf
@@ -278,6 +297,14 @@ def TwoTensors(a: Tensor, b: Tensor) -> Tensor:
     return TwoTensor(a, b)
 
 
+def test_a_filter_of_the_same_name_is_refused_with_its_package() -> None:
+    """PEFT's adapter of a Conv3d is a Conv3d by name."""
+    layer, x = attend()
+    layer.H2 = type("Conv3d", (LowRank,), {"__module__": "peft.tuners"})(layer.H2)
+    with pytest.raises(TypeError, match=r"H2 is a peft\.tuners\.Conv3d.*accepted is a Conv3d"):
+        layer(x)
+
+
 @pytest.mark.parametrize("name", RSA)
 def test_a_parametrized_filter_counts(name: str) -> None:
     layer, x = attend()
@@ -378,6 +405,32 @@ def test_a_layer_all_of_whose_parts_are_patched_works_as_before(name: str) -> No
             part.forward = functools.partial(bring, part, own, part.forward)
             part._parameters.update({n: nn.Parameter(p.to("meta")) for n, p in own.items()})
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    if any(isinstance(part, nn.RNNBase) for part in layer.modules()):
+        assert layer(x[:0]).shape == expected[:0].shape
+
+
+class Wrapped(nn.Module):
+    """In the style of adapters that train a copy of a whole module."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.inside = module
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.inside(*args)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_wrapped_recurrences_work_under_autocast(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer = quiet(make())
+    x = torch.randn(shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(x)
+        for path in [path for path, part in layer.named_modules() if isinstance(part, nn.RNNBase)]:
+            put(layer, path, Wrapped(layer.get_submodule(path)))
+        y = layer(x)
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize("backend", backends())

@@ -16,6 +16,18 @@ _RECOMPUTED = ("weight_orig", "weight_g")  # by a hook of torch.nn.utils.prune, 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
+def _patched(module: nn.Module) -> bool:
+    """Whether a forward other than its class's own is set on the instance.
+
+    Its class's own is what tools leave there when they take theirs off, as accelerate does.
+    """
+    if "forward" not in vars(module):
+        return False
+    forward = vars(module)["forward"]
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return not (own and getattr(forward, "__self__", None) is module)
+
+
 def tensor_of(*modules: nn.Module) -> Tensor | None:
     """Some floating parameter of the first module that has one, to tell dtype and device by; None where none has.
 
@@ -24,7 +36,7 @@ def tensor_of(*modules: nn.Module) -> Tensor | None:
     """
     for module in modules:
         for part in module.modules():
-            if "forward" not in vars(part):
+            if not _patched(part):
                 # a replica of DataParallel holds tensors as plain attributes
                 for t in (*part._parameters.values(), *vars(part).values()):
                     if isinstance(t, Tensor) and t.is_floating_point():
@@ -35,8 +47,9 @@ def tensor_of(*modules: nn.Module) -> Tensor | None:
 def _more(leaf: nn.Module, kind: type[nn.Module]) -> str | None:
     """What of a leaf's call the weight and bias of a `kind` do not say, in words; None where they say all."""
     if type(leaf).forward is not kind.forward:  # an adapter may offer a weight, that of the layer inside
-        return f"a {type(leaf).__name__}"
-    if "forward" in vars(leaf):
+        name = type(leaf).__name__  # PEFT's adapter of a Conv3d is a Conv3d by name
+        return f"a {type(leaf).__module__}.{name}" if name == kind.__name__ else f"a {name}"
+    if _patched(leaf):
         return "of a forward set on the instance"
     if any(name in leaf._parameters for name in _RECOMPUTED):
         return "pruned or normalised by a hook"

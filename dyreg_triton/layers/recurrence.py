@@ -17,8 +17,10 @@ def recurrence(kind: str, channels: int) -> nn.RNNBase:
 def over_time(rnn: nn.RNNBase, nodes: Tensor) -> Tensor:
     """Run `rnn` along T of nodes (B, T, N, C), each node a sequence of its own."""
     if nodes.numel() == 0:  # torch's recurrences refuse an empty batch; gradients are 0 and not absent, as DDP needs
-        return sum((weight.sum().to(nodes.dtype) * 0 for weight in rnn.parameters()), nodes)
+        here = (weight for weight in rnn.parameters() if weight.device == nodes.device)  # others were offloaded
+        return sum((weight.sum().to(nodes.dtype) * 0 for weight in here), nodes)
     sequences = nodes.transpose(1, 2).flatten(0, 1)
-    if isinstance(rnn, nn.LSTM):  # as autocast does inside, where torch's way for a CPU without AVX-512 then fails
+    # as autocast does inside, where torch's way for a CPU without AVX-512 then fails; it may be inside of a wrapper
+    if any(isinstance(part, nn.LSTM) for part in rnn.modules()):
         sequences = lowered(sequences)
     return rnn(sequences)[0].unflatten(0, (nodes.shape[0], nodes.shape[2])).transpose(1, 2)

@@ -362,6 +362,8 @@ def _same_submodules(op: str, layer: nn.Module, again: nn.Module) -> None:
         mine, its = (type(modules[path]) if path in modules else None for modules in (have, made))
         if mine is not its:
             told = [kind.__name__ if kind else "nothing" for kind in (mine, its)]
+            if mine and told[0] == told[1]:  # as PEFT's adapters are called
+                told[0] = f"{mine.__module__}.{told[0]}"
             raise ValueError(
                 f"{op}: submodule {path!r} is {told[0]}; accepted is what the constructor makes, {told[1]}"
             )
