@@ -165,8 +165,8 @@ class BATransform(Pretrained):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        self.accept(x)
         if symbolic(x) and (filters := read_filters(self._predictors(), convolution(self.dimensions))) is not None:
+            self.accept(x)
             return self.conv2(transformed_at_once(x, self.conv1(x), filters, self))
         axes = self.axes(x)
         return self.conv2(transformed(x, predicted(self.conv1(x), axes, self._predictors(), self), axes))
