@@ -30,7 +30,7 @@ test: lint  ## everything that a change must pass
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m kernels
 	$(BIN)/python -m pytest -n auto
 	# -O drops every assert, on which nothing may rest; pytest rewrites those of the tests, which stay
-	$(BIN)/python -O -m pytest -n auto tests/test_testing.py tests/test_tuner.py tests/test_errors.py
+	PYTHONOPTIMIZE=1 $(BIN)/python -m pytest -n auto tests/test_testing.py tests/test_tuner.py tests/test_errors.py
 
 # an extra of its own, for peft brings transformers
 $(BIN)/.adapters: $(BIN)/.installed

@@ -445,3 +445,46 @@ def test_the_norm_of_this_library_is_read(backend: str) -> None:
     finally:
         ChannelAffineNorm.forward = old
     assert layer.norm_dict["send_message_norm"] not in called
+
+
+# --- what else a replacement may do ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["send_mlp, concatenated", "offset_pred, static, biased", "kernel_projection1",
+                                  "project_back", "glore", "global_conv"])  # fmt: skip
+def test_a_leaf_without_a_bias_works(case: str) -> None:
+    layer, path, x = made(case)
+    plain = copy.deepcopy(layer)
+    layer.get_submodule(path).bias = None
+    with torch.no_grad():
+        plain.get_submodule(path).bias.zero_()
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_stands_behind_a_leaf_in_its_container_counts() -> None:
+    layer, _, x = made("global_conv")
+    before = layer.dynamic_graph.latent(x)
+    layer.dynamic_graph.global_conv.append(nn.AdaptiveAvgPool2d((1, 1)))  # as published: of one cell
+    torch.testing.assert_close(layer.dynamic_graph.latent(x), before)
+    layer.dynamic_graph.global_conv.append(nn.Tanh())
+    assert not torch.allclose(layer.dynamic_graph.latent(x), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", RSA)
+@pytest.mark.parametrize(
+    ("change", "said"), [({"bias": True}, "bias"), ({"stride": 2}, "stride"), ({"dilation": 2}, "dilation")]
+)
+def test_a_filter_of_another_convolution_is_refused(name: str, change: dict, said: str) -> None:
+    layer, x = attend()
+    old = getattr(layer, name)
+    options = {"padding": old.padding, "groups": old.groups, "bias": False} | change
+    setattr(layer, name, nn.Conv3d(old.in_channels, old.out_channels, old.kernel_size, **options))
+    with pytest.raises(TypeError, match=rf"RSA: {name} is of a .*{said}"):
+        layer(x)
+
+
+def test_what_is_no_recurrence_is_refused_by_name() -> None:
+    layer, _, x = made("dot")
+    layer.internal_lstm = nn.Linear(8, 8)
+    with pytest.raises(TypeError, match="RSTG: internal_lstm is a Linear, which returned a Tensor"):
+        layer(x)

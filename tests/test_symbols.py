@@ -94,6 +94,29 @@ def test_thirty_sizes_are_one_graph_or_two(name: str, dynamic: bool | None, devi
     torch._dynamo.reset()
 
 
+class Enlarged(nn.Module):
+    """Before a transform: its sizes are then derived from symbols."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform = dt.layers.BATransform(8, window=3, dimensions=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transform(x.repeat_interleave(2, -1).repeat_interleave(2, -2))
+
+
+def test_sizes_derived_from_symbols_are_symbols(device: torch.device) -> None:
+    torch._dynamo.reset()
+    layer = awake(Enlarged()).to(device).eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for h, w in ((4, 5), (7, 9), (6, 11), (10, 8)):
+        x = torch.randn(1, 8, h, w, device=device)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("recurrence", ["gru", "lstm"])
 def test_clips_of_any_length_of_dynamic_regions(recurrence: str, device: torch.device) -> None:
@@ -139,13 +162,16 @@ def test_what_is_refused_is_so_when_it_runs(device: torch.device) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mixed", [0, 2])
 @pytest.mark.parametrize("backend", backends())
-def test_the_op_is_an_op_of_torch(backend: str, mixed: int, autocast: bool, device: torch.device) -> None:
+def test_the_op_is_an_op_of_torch(backend: str, mixed: int, autocast: bool, last: bool, device: torch.device) -> None:
     """opcheck, and its gradients are those of the layer; also where frames, rows and columns are extended."""
     layer = awake(dt.layers.BATransform(4, window=2, temporal_window=2, groups=2, temporal_groups=mixed)).to(device)
     x = torch.randn(1, 4, 3, 5, 7, device=device)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
     filters = symbols.read_filters(layer._predictors(), nn.Conv3d)
     assert filters is not None
 
@@ -167,6 +193,23 @@ def test_the_op_is_an_op_of_torch(backend: str, mixed: int, autocast: bool, devi
         f"softmax input weight repeat {backend}",
     )
     torch.library.opcheck(torch.ops.dyreg_triton.bilinear_attention.default, arguments)
+    arguments = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+    torch.library.opcheck(torch.ops.dyreg_triton.bilinear_attention_backward.default, (torch.randn_like(x), *arguments))
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_what_auto_leaves_to_eager_it_leaves_inside_too(backend: str, device: torch.device) -> None:
+    """Cells beyond the kernels: a call by name is refused, as without symbols."""
+    layer = dt.layers.BATransform(2, window=65, groups=1, dimensions=2).to(device).eval()
+    x = torch.randn(1, 2, 65, 65, device=device)
+    filters = symbols.read_filters(layer._predictors(), nn.Conv2d)
+    if backend == "triton":
+        with dt.backend("triton"), pytest.raises(ValueError, match="Sh <= 64"):
+            symbols.transformed_at_once(x, layer.conv1(x), filters, layer)
+        with pytest.warns(UserWarning, match="the eager backend computes"):
+            symbols.transformed_at_once(x, layer.conv1(x), filters, layer)
+    with dt.backend("eager"):
+        symbols.transformed_at_once(x, layer.conv1(x), filters, layer)
 
 
 def test_its_flops_are_those_of_the_layer(device: torch.device) -> None:

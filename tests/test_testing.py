@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -634,3 +635,20 @@ def test_kit_comes_without_hypothesis() -> None:
                 raise SystemExit("no error")
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=PATIENCE)
+
+
+def test_checks_hold_without_assert_statements() -> None:
+    """As in the run of these tests under PYTHONOPTIMIZE, which says so to each process that takes part."""
+    assert sys.flags.optimize >= int(os.environ.get("PYTHONOPTIMIZE") or 0)
+    code = """
+    import sys
+    from dyreg_triton.testing import Call, TensorSpec, check_call
+    if sys.flags.optimize != 1:
+        sys.exit("not under -O")
+    try:
+        check_call(lambda x: 2.1 * x, lambda x: 2 * x, Call({"x": TensorSpec((5, 7))}))
+    except AssertionError:
+        sys.exit(0)
+    sys.exit("a wrong op passed")
+    """
+    subprocess.run([sys.executable, "-O", "-c", textwrap.dedent(code)], check=True, timeout=PATIENCE)

@@ -50,5 +50,5 @@ def branch(layer: DynamicGraph, x: Tensor) -> Tensor:
     graph = layer.rstg
     nodes = graph.norm_dict["before_graph_norm"](nodes)
     for _ in range(graph.iterations):
-        nodes = over_time(graph.internal_lstm, messages(graph, nodes))
+        nodes = over_time(graph, "internal_lstm", messages(graph, nodes))
     return (nodes.mT @ dense).unflatten(-1, layer.size)

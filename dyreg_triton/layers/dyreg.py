@@ -147,7 +147,7 @@ class DynamicGraph(nn.Module):
         if self.train_size != self.size:
             maps = F.adaptive_avg_pool2d(maps, self.train_size)
         if self.generator == "fc":
-            maps, conv = self.fishnet(maps), first_readable(self.global_conv, nn.Conv2d)
+            maps, conv = self.fishnet(maps), self._fully_connected()
             if conv is None:
                 maps = self.global_conv(maps).flatten(1)
             else:
@@ -158,7 +158,13 @@ class DynamicGraph(nn.Module):
         latent = self.norm_dict["offset_ln_feats_coords"](latent).unflatten(0, features.shape[:2])
         if not cast(Variant, self.variant).in_time:
             return latent
-        return self.norm_dict["offset_ln_lstm"](over_time(self.offset_lstm, latent))
+        return self.norm_dict["offset_ln_lstm"](over_time(self, "offset_lstm", latent))
+
+    def _fully_connected(self) -> nn.Conv2d | None:
+        """The convolution over the whole map where it may be read; the published pool after it has one cell to pool."""
+        conv = first_readable(self.global_conv, nn.Conv2d)
+        rest = list(cast(nn.Sequential, self.global_conv))[1:] if conv is not None else []
+        return conv if all(readable(part, nn.AdaptiveAvgPool2d) is not None for part in rest) else None
 
     def raw_offsets(self, features: Tensor) -> Tensor:
         """(log h, log w, dy, dx) of each node as predicted, float32 or wider: (B, T, N, 4), or what expands to it."""
@@ -238,7 +244,7 @@ class DynamicGraph(nn.Module):
         else:
             nodes = ops.region_pool(features, regions, profile=self.profile, temperature=self.temperature)
         if embed is not None:
-            return nodes + embed.bias.to(nodes.dtype)
+            return nodes if embed.bias is None else nodes + embed.bias.to(nodes.dtype)
         kernels = self.kernels(regions).to(features.dtype)
         if self.train_size != self.size:
             kernels = F.adaptive_avg_pool2d(kernels.flatten(0, 1), self.train_size).unflatten(0, kernels.shape[:2])
@@ -260,7 +266,7 @@ class DynamicGraph(nn.Module):
         else:
             y = ops.region_remap(nodes, regions, self.size, profile=self.profile, temperature=self.temperature)
         if back is not None:
-            y = y + cast(Tensor, back.bias).to(y.dtype).view(-1, 1, 1)
+            y = y if back.bias is None else y + back.bias.to(y.dtype).view(-1, 1, 1)
         elif self.project:
             y = self.project_back_i3d_linear(y.flatten(0, 1)).unflatten(0, y.shape[:2])
         return y, regions

@@ -46,11 +46,15 @@ def tensor_of(*modules: nn.Module) -> Tensor | None:
 
 def _more(leaf: nn.Module, kind: type[nn.Module]) -> str | None:
     """What of a leaf's call the weight and bias of a `kind` do not say, in words; None where they say all."""
-    if type(leaf).forward is not kind.forward:  # an adapter may offer a weight, that of the layer inside
+    own = ("forward", "_conv_forward")
+    if any(getattr(type(leaf), name, None) is not getattr(kind, name, None) for name in own):
+        # an adapter may offer a weight, that of the layer inside
         name = type(leaf).__name__  # PEFT's adapter of a Conv3d is a Conv3d by name
         return f"a {type(leaf).__module__}.{name}" if name == kind.__name__ else f"a {name}"
     if _patched(leaf):
         return "of a forward set on the instance"
+    if any(step != 1 for name in ("stride", "dilation") for step in getattr(leaf, name, ())):
+        return "of a stride or dilation"
     if any(name in leaf._parameters for name in _RECOMPUTED):
         return "pruned or normalised by a hook"
     if any(t is not None and is_traceable_wrapper_subclass(t) for t in leaf._parameters.values()):
@@ -77,13 +81,15 @@ def weight_of(layer: nn.Module, name: str, kind: type[nn.Module]) -> Tensor:
     """
     leaf: nn.Module = getattr(layer, name)
     more = _more(leaf, kind)
+    if more is None and leaf.bias is not None:
+        more = "of a bias"
     if more is not None:
         raise TypeError(
             f"{type(layer).__name__}: {name} is {more}, which would be ignored: its weight is read, and it is not "
             f"called; accepted is a {kind.__name__}, plain or parametrized (torch.nn.utils.parametrize), into which "
             "adapters are merged"
         )
-    return leaf.weight  # type: ignore[return-value]
+    return leaf.weight
 
 
 def in_full_precision(leaf: nn.Module, x: Tensor) -> Tensor:

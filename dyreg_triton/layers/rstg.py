@@ -113,7 +113,9 @@ class RSTG(Pretrained):
         else:
             of_sender, of_receiver = first.weight.split(self.channels, dim=1)
             sender, receiver = F.linear(nodes, of_sender), F.linear(nodes, of_receiver)
-        hidden = (receiver + first.bias).unsqueeze(3) + sender.unsqueeze(2)
+        if first.bias is not None:
+            receiver = receiver + first.bias
+        hidden = receiver.unsqueeze(3) + sender.unsqueeze(2)
         return self.send_mlp[1:](hidden)
 
     def space(self, nodes: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ class RSTG(Pretrained):
         nodes = self.norm_dict["before_graph_norm"](nodes)
         for _ in range(self.iterations):
             if self.order == "time-space":
-                nodes = self.space(over_time(self.internal_lstm, nodes))
+                nodes = self.space(over_time(self, "internal_lstm", nodes))
             else:
-                nodes = over_time(self.internal_lstm, self.space(nodes))
-        return over_time(self.external_lstm, nodes) if self.order == "time-space" else nodes
+                nodes = over_time(self, "internal_lstm", self.space(nodes))
+        return over_time(self, "external_lstm", nodes) if self.order == "time-space" else nodes

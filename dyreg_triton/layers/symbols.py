@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import full_precision, lowered
-from ..dispatch import backend, choose
+from ..dispatch import backend, choose, current_backend
 from ..layouts import memory_format
 from ..ops.bilinear import products
 from ..ops.custom import once_only, op, recorded
@@ -27,9 +27,9 @@ def symbolic(x: Tensor) -> bool:
     """Whether x is met by a compiler (not an exporter, whose program shall hold torch's own ops) as of any size."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+    from torch.fx.experimental.symbolic_shapes import has_static_value
 
-    return not all(known(n % 2 == 0) or known(n % 2 == 1) for n in x.shape[2:])  # of a symbol neither is known
+    return not all(has_static_value(n) for n in x.shape[2:])
 
 
 class _Form(NamedTuple):
@@ -66,9 +66,9 @@ def transformed_at_once(x: Tensor, out: Tensor, filters: Filters, options: Optio
     """`transformed(x, predicted(out, ...), ...)` of the predictors' filters."""
     x = lowered(x)
     form = _Form(*(getattr(options, name) for name in _Form._fields))
-    name = choose("bilinear_transform", x, {"x": x})
+    choose("bilinear_transform", x, {"x": x})  # which refuses, before anything is traced, what cannot run
     filters = tuple(None if t is None else lowered(t) for t in filters)
-    return _at_once(x, lowered(out), *filters, [*form[:4]], " ".join((*form[4:], name)))
+    return _at_once(x, lowered(out), *filters, [*form[:4]], " ".join((*form[4:], current_backend())))
 
 
 def _predictors(filters: Filters) -> Predictors:
@@ -145,7 +145,10 @@ def _at_once_backward(
         leaves = [None if t is None else t.detach().requires_grad_() for t in (x, out, wp, bp, wq, bq, wt, bt)]
         there = [t for t in leaves if t is not None]
         gradients = torch.autograd.grad(_transformed(*leaves, sizes, how), there, dy)
-    return [_like(x).copy_(gradients[0]), *(g.clone() for g in gradients[1:])]
+    return [
+        _like(x).copy_(gradients[0]),
+        *(torch.empty_like(t).copy_(g) for t, g in zip(there[1:], gradients[1:], strict=True)),
+    ]
 
 
 @_at_once_backward.register_fake

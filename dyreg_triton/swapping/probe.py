@@ -172,8 +172,15 @@ class _Fails(Exception):
     """The published module does not run in this dtype."""
 
 
+def _first(module: nn.Module) -> Tensor:
+    found = next(module.parameters(), None)
+    if found is None:
+        raise Unlike("it has no parameters")
+    return found
+
+
 def _compare(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], pairs: Pairs, dtype: torch.dtype) -> None:
-    device = next(theirs.parameters()).device
+    device = _first(theirs).device
     drawn: dict[int, Tensor] = {}
 
     def made_up(t: Tensor) -> Tensor:
@@ -214,7 +221,7 @@ def _compare(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], pairs: 
 
 def _same_dtypes(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...]) -> None:
     """Raise `Unlike` where the published module returns float64 of float32."""
-    first = next(theirs.parameters())
+    first = _first(theirs)
     if first.dtype == torch.float64:
         return
 

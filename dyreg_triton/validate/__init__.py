@@ -81,8 +81,8 @@ def layer_input(
     dtype = None if parameter is None else parameter.dtype
     if parameter is not None and x.device != parameter.device:
         raise ValueError(f"{op}: {name} is {what(x)}; accepted is the layer's device, {parameter.device}")
-    cast = dtype is None or (autocast_is_on(x.device.type) and dtype != torch.float64)
-    if cast and dtype not in (None, torch.float32, torch.get_autocast_dtype(x.device.type)):
+    cast = dtype is None or (autocast_is_on(x.device.type) and dtype in _CAST)
+    if cast and dtype not in (None, torch.float32) and dtype != torch.get_autocast_dtype(x.device.type):
         raise TypeError(
             f"{op}: {name} is {what(x)}, of a layer in {str(dtype)[6:]}; accepted under autocast to "
             f"{str(torch.get_autocast_dtype(x.device.type))[6:]} is a layer in that dtype or in float32"
@@ -90,7 +90,7 @@ def layer_input(
     if x.dtype not in _CAST if cast else x.dtype != dtype:
         own = "" if dtype is None else f"the layer's dtype, {str(dtype)[6:]}"
         under = ", or under autocast " if dtype in _CAST else ""
-        any_of = "" if dtype == torch.float64 else "float16, bfloat16 or float32"
+        any_of = "float16, bfloat16 or float32" if dtype is None or dtype in _CAST else ""
         raise TypeError(f"{op}: {name} is {what(x)}; accepted is {own}{under}{any_of}")
 
 
