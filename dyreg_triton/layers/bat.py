@@ -134,7 +134,8 @@ class BATransform(Pretrained):
     def matrices(self, x: Tensor) -> Matrices:
         """P, Q and R of an input, which is extended where it is no multiple: T, H and W are then the extended ones."""
         self._check(x)
-        return predicted(self.conv1(x), self.axes(x), self._predictors(), self)
+        axes = self.axes(x)  # which refuses what it cannot take, before anything runs
+        return predicted(self.conv1(x), axes, self._predictors(), self)
 
     def _check(self, x: Tensor) -> None:
         clip_input("BATransform", x, tensor_of(self.conv2, self), self.in_channels, self.dimensions)
