@@ -38,9 +38,11 @@ $(BIN)/.adapters: $(BIN)/.installed
 	touch $@
 
 full: export OMP_NUM_THREADS = 1
-full: $(BIN)/.adapters  ## adapters, what repeats tests with more values, the kernels' random ones as on a GPU: an hour
+full: RANDOM := tests/test_region.py tests/test_relational.py tests/test_bilinear.py
+full: $(BIN)/.adapters  ## adapters, what repeats tests with more values, all random calls as on a GPU: two hours
 	FULL=1 $(BIN)/python -m pytest -n auto -m full
-	FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m kernels tests/test_region.py tests/test_relational.py tests/test_bilinear.py
+	FULL=1 $(BIN)/python -m pytest -n auto -m "not full" tests/test_fuzz.py $(RANDOM)
+	FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m kernels $(RANDOM)
 
 demo: $(BIN)/.installed  ## dynamic regions learn to find real handwritten digits
 	$(BIN)/python -m dyreg_triton.demo

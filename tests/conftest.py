@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from support import DEVICE
+from support import DEVICE, FULL, INTERPRETED
 
 import dyreg_triton as dt
 
@@ -27,6 +26,17 @@ def _no_tuning_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter takes a third of its time, but for `make full`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED and not FULL:
+            import interpreter
+
+            interpreter.quicken(patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Every test starts from one seed, on backend "auto" and without TF32, and leaves the backend as it was."""
@@ -41,7 +51,7 @@ def _same_start() -> Iterator[None]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of kernels are deselected where no kernel can run, and what repeats others with more values but in full."""
-    if os.environ.get("FULL", "0") != "1":
+    if not FULL:
         more = [item for item in items if item.get_closest_marker("full")]
         if more:
             config.hook.pytest_deselected(items=more)

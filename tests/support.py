@@ -36,6 +36,7 @@ from dyreg_triton.validate import PROFILES
 
 __all__ = [
     "DEVICE",
+    "FULL",
     "INTERPRETED",
     "LAYOUTS",
     "MATRIX_KINDS",
@@ -70,6 +71,7 @@ __all__ = [
     "value_and_gradients",
 ]
 
+FULL = os.environ.get("FULL", "0") == "1"  # make full: what repeats other tests, and more examples
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 DEVICE = default_device()
 PATIENCE = 3600  # seconds for what takes a few: only a hang is ended by it, on a machine however busy
@@ -103,9 +105,10 @@ def in_full(values: Iterable[Any]) -> list[Any]:
 
 
 def settings(examples: int) -> hypothesis.settings:
-    """Hypothesis settings: the same examples in every run, fewer where kernels are interpreted, unless FULL=1."""
-    few = INTERPRETED and os.environ.get("FULL", "0") != "1"
-    return checks.settings(max(examples // 12, 5) if few else examples)
+    """Hypothesis settings: the same examples in every run; all on a GPU and with FULL=1, else a share of them."""
+    if not FULL and DEVICE.type != "cuda":
+        examples = max(examples // (12 if INTERPRETED else 2), 5)
+    return checks.settings(examples)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

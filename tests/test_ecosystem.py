@@ -72,6 +72,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "semantic": {"regions": "semantic", "node_channels": 6},
 }
 on_variants = pytest.mark.parametrize("variant", ["default", "published", "pooled"])
+APART = ("default", "pooled", "semantic")  # by the ops that they are made of
+REST = tuple(variant for variant in VARIANTS if variant not in APART)
 on_all_variants = pytest.mark.parametrize("variant", VARIANTS)
 Results = dict[str, "Tensor | None"]
 
@@ -490,7 +492,12 @@ def assert_same_outputs(actual: Any, expected: Any, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "strict"), [("default", True), ("published", True), *[(variant, False) for variant in VARIANTS]]
+    ("variant", "strict"),
+    [
+        ("default", True),
+        *((variant, False) for variant in APART),
+        *in_full([("published", True), *((variant, False) for variant in REST)]),
+    ],
 )
 def test_export_of_the_layer(variant: str, strict: bool) -> None:
     """With regions, for any batch, through a file; it holds eager whatever is chosen when it runs."""
@@ -507,8 +514,7 @@ def test_export_of_the_layer(variant: str, strict: bool) -> None:
         assert_same_outputs(exported(frames(count, 3, seed=count)), want, 1e-5)
 
 
-@on_profiles
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("strict", "profile"), [(True, PROFILES[0]), *((False, name) for name in PROFILES)])
 def test_export_of_ops(strict: bool, profile: str) -> None:
     module = Ops(profile)
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -610,8 +616,8 @@ def onnx_session(
 @pytest.mark.parametrize(
     ("variant", "any_batch"),
     [
-        *((variant, variant in ("default", "published")) for variant in ("default", "published", "pooled", "semantic")),
-        *in_full((variant, False) for variant in ("pooled-lstm", "constant", "static", "grid")),
+        *((variant, variant == "default") for variant in APART),
+        *in_full((variant, variant == "published") for variant in REST),
     ],
 )
 def test_onnx_of_the_layer(variant: str, any_batch: bool) -> None:
@@ -1070,7 +1076,7 @@ def test_partly_frozen(backend: str, frozen: str) -> None:
     assert_results_close(actual, {name: expected[name] for name in actual}, 1e-5)
 
 
-@on_all_variants
+@pytest.mark.parametrize("variant", [*APART, *in_full(REST)])
 def test_traced(variant: str) -> None:
     """torch.jit.trace of eager, saved and loaded, on batches and lengths that it has not seen, with gradients."""
     layer = make(variant).to(DEVICE)
@@ -1091,7 +1097,7 @@ def test_traced(variant: str) -> None:
     ("backend", "variant"),
     [
         ("eager", "default"),
-        ("eager", "published"),
+        *in_full([("eager", "published")]),
         *[pytest.param(*p.values, "default", marks=p.marks) for p in backends("triton")],
     ],
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import bench_rows
 import pytest
 import torch
-from support import PATIENCE
+from support import DEVICE, PATIENCE, in_full
 
 from bench import sanitize
 from dyreg_triton import tuning
@@ -55,8 +55,12 @@ def test_bash_accepts_it(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_dry_run(tmp_path: Path) -> None:
-    """Every step passes, but for the benchmark, which tests of its own run: invented rows stand for its results."""
+@pytest.mark.parametrize("sanitized", [False, *in_full([True])])
+def test_dry_run(tmp_path: Path, sanitized: bool) -> None:
+    """Every step passes, but for the benchmark, which tests of its own run: invented rows stand for its results.
+
+    So does the sanitizer, which interprets every kernel for a minute, in `make full`.
+    """
     pytest.importorskip("triton")
     pytest.importorskip("matplotlib")
     rows = bench_rows.write(tmp_path / "rows.jsonl", bench_rows.everything(bench_rows.CPU))
@@ -67,13 +71,14 @@ def test_dry_run(tmp_path: Path) -> None:
         "--budget",
         str(PATIENCE),
         bench=f"""echo "configs of $DYREG_TRITON_TUNING"; cp '{rows}' "$JSONL" """,
+        **({} if sanitized else {"sanitizer": "true"}),
     )
     assert done.returncode == 0, log
     assert statuses(log) == statuses(done.stdout) == dict.fromkeys(STEPS, "passed")
     assert re.findall(r"^=== (\w+)", log, re.M) == list(STEPS)
     assert f"torch: {torch.__version__}" in log
     assert re.search(r"\d+ passed", log)
-    assert all(f"{name}: " in log for name in sanitize.kernels())
+    assert not sanitized or all(f"{name}: " in log for name in sanitize.kernels())
     assert (out / "gpu.jsonl").read_text() == rows.read_text()
 
     tuned = json.loads((out / "tuning.json").read_text())
@@ -280,6 +285,13 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
 
 
 # --- the sanitizer's program ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.kernels
+def test_every_kernel_is_launched_and_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sanitize.run(DEVICE) == []
+    launches = re.findall(r": (\w+): (\d+) launches", capsys.readouterr().out)
+    assert {name for name, count in launches if int(count)} == set(sanitize.kernels())
 
 
 def test_every_kernel_is_known() -> None:

@@ -20,6 +20,7 @@ from support import (
     assert_results_close,
     awake,
     backends,
+    in_full,
     relative_error,
     run,
 )
@@ -599,7 +600,7 @@ def test_training_lowers_a_loss(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("variant", ["fc-gru", "pooled-lstm-nodes"])
-@on_backends
+@pytest.mark.parametrize("backend", [*backends("triton", "eager"), *in_full(backends("reference"))])
 def test_compiles_without_graph_breaks(backend: str, variant: str, device: torch.device) -> None:
     torch._dynamo.reset()
     layer = awake(make(variant, (5, 6), iterations=1)).to(device)

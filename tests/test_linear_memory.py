@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import in_full
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -78,7 +79,7 @@ def test_a_non_local_block_stores_no_weights(
 RELATIONAL = {"L": (1, 4), "C": (1, 8), "T": (1, 32)}
 
 
-@pytest.mark.parametrize("kernel", ["V", "R", "V+R"])
+@pytest.mark.parametrize("kernel", [*in_full(["V", "R"]), "V+R"])
 @pytest.mark.parametrize(("queries", "channels", "frames"), list(itertools.product(*RELATIONAL.values())))
 def test_relational_attention_walks_over_frames(
     kernel: str, queries: int, channels: int, frames: int, device: torch.device

@@ -1193,7 +1193,7 @@ def test_what_is_drawn() -> None:
     """Every kernel, context, layout and dtype, even windows and ones larger than the clip, and empty batches."""
     seen: list[RelationalCase] = []
 
-    @settings(300)
+    @settings(900)
     @given(case=relational_cases(dtypes=(torch.float32, torch.bfloat16, torch.float16)))
     def draw(case: RelationalCase) -> None:
         seen.append(case)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_results_close, awake, backends, run
+from support import assert_results_close, awake, backends, in_full, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -162,9 +162,13 @@ def test_what_is_refused_is_so_when_it_runs(device: torch.device) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("mixed", [0, 2])
+@pytest.mark.parametrize(
+    ("mixed", "autocast", "last"),
+    [
+        *((0, False, False), (2, False, True), (2, True, False)),
+        *in_full([(0, False, True), (0, True, False), (0, True, True), (2, False, False), (2, True, True)]),
+    ],
+)
 @pytest.mark.parametrize("backend", backends())
 def test_the_op_is_an_op_of_torch(backend: str, mixed: int, autocast: bool, last: bool, device: torch.device) -> None:
     """opcheck, and its gradients are those of the layer; also where frames, rows and columns are extended."""

@@ -12,7 +12,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_close, assert_identical, assert_results_close, awake, backends, relative_error, run, settings
+from support import (
+    assert_close,
+    assert_identical,
+    assert_results_close,
+    awake,
+    backends,
+    in_full,
+    relative_error,
+    run,
+    settings,
+)
 from test_layers import frames, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -698,7 +708,7 @@ def test_regions_of_a_layer_in_bfloat16(variant: str, device: torch.device) -> N
     assert_identical(regions[..., kept], expected[..., kept])
 
 
-@on_variants
+@pytest.mark.parametrize("variant", [*in_full(FIXED_SIZE), "full", "semantic"])
 def test_compiles_without_graph_breaks(variant: str, device: torch.device) -> None:
     torch._dynamo.reset()
     layer = awake(make(variant, (5, 6), grid=(1, 2))).to(device)
