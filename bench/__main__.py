@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dyreg_triton.console import command
+from dyreg_triton._core.console import command
 
 if TYPE_CHECKING:
     from .measure import Machine
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     if args.command == "compiled":
-        from dyreg_triton.installed import triton_fault
+        from dyreg_triton._core.installed import triton_fault
 
         fault = triton_fault()
         if fault is not None:

@@ -11,7 +11,9 @@ from functools import partial
 
 import torch
 
-from .measure import TOLERANCE, Machine, Rate
+from dyreg_triton._core.numerics import TOLERANCE
+
+from .measure import Machine, Rate
 from .rows import SCHEMA, Cell, Check, Rank, Row, Rows, name_of
 
 DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32), "cpu": (torch.float32,)}

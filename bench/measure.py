@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 import dyreg_triton
-from dyreg_triton.gpu import gpu_of
-from dyreg_triton.installed import triton_version
-from dyreg_triton.tuning.lookup import tuned_by
+from dyreg_triton._core import numerics
+from dyreg_triton._core.gpu import gpu_of
+from dyreg_triton._core.installed import triton_version
+from dyreg_triton.configs.lookup import tuned_by
 
 BEYOND_CACHES = {"cuda": 1 << 28, "cpu": 0}  # bytes of inputs that calls take in turns; a CPU's are found as they are
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative, against float64
 
 
 class Times(NamedTuple):
@@ -310,11 +310,4 @@ def rotated(inputs: Sequence[Tensor], device: torch.device) -> Callable[[], tupl
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest ||found - wanted|| / ||wanted|| over all pairs, in float64; inf for another shape or no number."""
-    worst = 0.0
-    for a, b in zip(found, wanted, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        a, b = a.detach().double(), b.detach().double()
-        error = ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
+    return max((numerics.relative_error(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)

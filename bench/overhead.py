@@ -14,24 +14,23 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from linecache import getline
 from types import FrameType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 import dyreg_triton as dt
-from dyreg_triton.installed import triton_fault
-from dyreg_triton.launch import watched
+from dyreg_triton._core.installed import triton_fault
+from dyreg_triton._core.numerics import TOLERANCE
+from dyreg_triton.ops.launch import Launch, redirected, watched
 
 from . import bilinear, region, relational
-from .measure import TOLERANCE, Machine, Times, relative_error
+from .measure import Machine, Times, relative_error
 from .rows import SCHEMA, Cell, Check, Rank, Row, Rows, Tensors, name_of
 
 OPS = ("region_kernel", *region.OPS, relational.OP, bilinear.OP)
@@ -153,7 +152,7 @@ def _rows(name: str, machine: Machine) -> Rows:
         for mode in MODES:
             call = op.call(op.ours, mode)
             launched = _launched(driver, call)
-            with _by_triton():
+            with redirected(Launch.by_triton):  # its own way from arguments to a compiled kernel
                 wanted = _launched(driver, call)
             odd = sum(a != b for a, b in zip_longest(launched, wanted)) if wanted else 1
             yield _row(machine, name, op, mode, {"ours": call}, len(launched), float(odd), 0.0)
@@ -219,17 +218,6 @@ def _launched(driver: Any, call: Callable[[], Any]) -> list[Any]:
     return [launch.without_pointers() for launch in driver.launches()]
 
 
-@contextmanager
-def _by_triton() -> Iterator[None]:
-    """Inside, launches go Triton's own way from arguments to a compiled kernel."""
-
-    def bound(self: Any, args: tuple[Any, ...]) -> None:
-        self.kernel[(self.programs,)](*args, *self.static, **self.constants)
-
-    with mock.patch("dyreg_triton.launch.Launch._launch", bound):
-        yield
-
-
 def _count(call: Callable[[], Any]) -> int:
     """How many kernels of this library a call launches."""
     counted: list[object] = []
@@ -260,19 +248,20 @@ def host_times(call: Callable[[], Any], drain: Callable[[], None], seconds: floa
 # functions where not all of the file is meant. The first place that fits counts.
 _PLACES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("validation", "/dyreg_triton/validate/", ()),
-    ("choice of backend", "/dyreg_triton/dispatch.py", ()),
-    ("choice of backend", "/dyreg_triton/autocast.py", ()),
+    ("validation", "/dyreg_triton/_core/validation.py", ()),
+    ("choice of backend", "/dyreg_triton/_core/dispatch.py", ()),
+    ("choice of backend", "/dyreg_triton/_core/autocast.py", ()),
     ("dispatch and autograd", "/dyreg_triton/ops/custom.py", ()),
     ("dispatch and autograd", "/torch/autograd/", ()),
     ("dispatch and autograd", "/torch/_library/", ()),
     ("dispatch and autograd", "/torch/_ops.py", ()),
-    ("launch", "/dyreg_triton/launch.py", ("__call__", "_launch")),
+    ("launch", "/dyreg_triton/ops/launch.py", ("__call__", "_launch")),
     ("launch", "/triton/runtime/", ()),
     ("launch", "/triton/compiler/", ()),
     ("launch", "/triton/backends/", ()),
-    ("plan lookup", "/dyreg_triton/launch.py", ()),
-    ("plan lookup", "/dyreg_triton/tuning/", ()),
-    ("plan lookup", "/dyreg_triton/gpu.py", ()),
+    ("plan lookup", "/dyreg_triton/ops/launch.py", ()),
+    ("plan lookup", "/dyreg_triton/configs/", ()),
+    ("plan lookup", "/dyreg_triton/_core/gpu.py", ()),
     ("the op's own code", "/dyreg_triton/ops/", ()),
 )
 

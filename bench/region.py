@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dyreg_triton as dt
+from dyreg_triton._core.numerics import TOLERANCE
 
-from .measure import TOLERANCE, Machine
+from .measure import Machine
 from .rows import DTYPES, Cell, Check, Contender, Floor, Rank, Rows, Tensors, compared, line, name_of
 
 OPS = ("region_pool", "region_remap")

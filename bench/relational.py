@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dyreg_triton as dt
+from dyreg_triton._core.numerics import TOLERANCE
 
-from .measure import TOLERANCE, Machine, relative_error
+from .measure import Machine, relative_error
 from .rows import DTYPES, Cell, Check, Contender, Floor, Rank, Row, Rows, Tensors, compared, line, name_of
 
 OP = "relational_attention"

@@ -18,9 +18,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from dyreg_triton.replacing import replacing
+from dyreg_triton._core.atomic_files import replacing
+from dyreg_triton._core.numerics import TOLERANCE
 
-from .measure import TOLERANCE, Machine, Times, relative_error, rotated
+from .measure import Machine, Times, relative_error, rotated
 
 SCHEMA = 2
 DTYPES = {"cuda": (torch.bfloat16, torch.float32), "cpu": (torch.float32,)}  # that ops are measured in, the first most

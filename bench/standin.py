@@ -20,15 +20,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from dyreg_triton import dispatch, launch
+from dyreg_triton._core import dispatch
+from dyreg_triton.ops import launch
 
 from .compiled import SHARED_LIMIT, TARGETS
 
@@ -209,6 +210,23 @@ def why_not() -> str | None:
     return None
 
 
+@contextmanager
+def _linked_against(folder: str) -> Iterator[None]:
+    """Inside, Triton links what it builds against the libcuda in this folder."""
+
+    def forget() -> None:
+        for found in (nvidia.library_dirs, nvidia.libcuda_dirs):
+            found.cache_clear()
+
+    with knobs.nvidia.scope():
+        knobs.nvidia.libcuda_path = folder
+        forget()
+        try:
+            yield
+        finally:
+            forget()
+
+
 _inside: list[Standin] = []
 
 
@@ -228,17 +246,14 @@ def standin(target: str = "sm_90") -> Iterator[Standin]:
     if reason is not None or _inside:
         raise RuntimeError(f"standin: cannot be entered: {reason or 'it is already, and there is one driver'}")
     library, folder = _library()
-    former, why_not_triton = driver._active, dispatch._why_not_triton
+    former = driver._active
 
-    @functools.cache
     def takes_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cpu" and dtype in dispatch.TRITON_DTYPES:
             return None
-        return why_not_triton(device, dtype)
+        return dispatch.why_not_triton(device, dtype)
 
-    # Triton links what it builds against the libcuda in these folders.
-    found_here = mock.patch.object(nvidia, "library_dirs", return_value=[nvidia.libdevice_dir, folder])
-    with found_here, mock.patch.object(dispatch, "_why_not_triton", takes_cpu):
+    with _linked_against(folder), dispatch.standing_in(takes_cpu):
         active = _driver(target)
         active.stream = 0
         library.standin_open(int(target[3:]), SHARED_LIMIT[target])
@@ -250,5 +265,5 @@ def standin(target: str = "sm_90") -> Iterator[Standin]:
             yield seen
         finally:
             _inside.remove(seen)
-            driver._active = former
+            driver.set_active(former)
             launch.forget()

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyreg_triton as dt
+from dyreg_triton._core.atomic_files import replacing
 from dyreg_triton.demo import digits
-from dyreg_triton.replacing import replacing
 
 BACKGROUND, PANEL, TEXT, QUIET = "#10131a", "#1a1f2a", "#e8ebf2", "#8b93a5"
 COLORS = ("#ffb000", "#4cc9f0", "#ff5d8f")

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from . import compat, layers, ops, reference, tuning
-from .dispatch import backend
+from ._core.dispatch import backend
+from ._core.version import __version__
 from .swapping import SwapError, SwapReport, swap
 
 if TYPE_CHECKING:
     from . import testing, viz
 
-__version__ = "0.1.0"
 __all__ = [
     "SwapError",
     "SwapReport",

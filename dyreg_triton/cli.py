@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .console import command
+from ._core.console import command
 from .tuning import command as tune
 from .viz import command as viz
 
@@ -29,9 +29,9 @@ def environment() -> str:
     """What a bug report needs, one `name: value` a line, and which backend `auto` would choose and why."""
     import torch
 
-    from . import __version__
-    from .dispatch import BACKENDS, current_backend, why_not
-    from .installed import triton_version
+    from ._core.dispatch import BACKENDS, current_backend, why_not
+    from ._core.installed import triton_version
+    from ._core.version import __version__
 
     lines = {
         "dyreg_triton": __version__,

@@ -9,6 +9,7 @@ import torch
 from support import DEVICE, FULL, INTERPRETED
 
 import dyreg_triton as dt
+from dyreg_triton._core import dispatch
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if more:
             config.hook.pytest_deselected(items=more)
             items[:] = [item for item in items if item not in more]
-    if dt.dispatch.can_run("triton", device=DEVICE, dtype=torch.float32):
+    if dispatch.can_run("triton", device=DEVICE, dtype=torch.float32):
         return
     kernels = [item for item in items if item.get_closest_marker("kernels")]
     if kernels:

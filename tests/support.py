@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyreg_triton import dispatch
+from dyreg_triton._core import dispatch
+from dyreg_triton._core.validation import PROFILES
 from dyreg_triton.testing import (
     LAYOUTS,
     REGION_KINDS,
@@ -32,7 +33,6 @@ from dyreg_triton.testing.bilinear import MATRIX_KINDS, BilinearCase
 from dyreg_triton.testing.regions import REGION_OPS, RegionCase
 from dyreg_triton.testing.relational import RELATIONAL_CONTEXTS, RELATIONAL_KERNELS, RelationalCase
 from dyreg_triton.testing.strategies import bilinear_cases, region_cases, relational_cases
-from dyreg_triton.validate import PROFILES
 
 __all__ = [
     "DEVICE",

@@ -18,9 +18,10 @@ from support import PATIENCE
 
 import dyreg_triton as dt
 from dyreg_triton import tuning
-from dyreg_triton.tuning import Config, Key, calls
+from dyreg_triton.configs.table import SPACES
+from dyreg_triton.ops.recording import TunedCall, described
+from dyreg_triton.tuning import Config, Key
 from dyreg_triton.tuning.problems import Running, keys_of
-from dyreg_triton.tuning.rooms import ROOMS
 
 pytestmark = pytest.mark.compiled
 pytest.importorskip("triton", reason="triton is needed to compile")
@@ -30,7 +31,9 @@ reason = standin.why_not()
 if reason is not None:
     pytest.skip(f"no pretended driver: {reason}", allow_module_level=True)
 
-CALL = calls.region_calls(2, 3, 16, (4, 4), "bfloat16")[0]
+CALL = TunedCall(
+    "region_pool", {"x": described((2, 16, 4, 4), "bfloat16"), "regions": described((2, 3, 4), "float32")}, {}, True
+)
 KEY = keys_of(CALL, "nvidia")[0]
 OTHER = Config(16, 16, 16, 2)
 
@@ -58,7 +61,7 @@ def launched(config: Config) -> None:
     """The call with this config, on the pretended GPU."""
 
     def choose(key: Key, _: object) -> Config:
-        return config if key[:2] == KEY[:2] else ROOMS[key.op].default(key, "nvidia")
+        return config if key[:2] == KEY[:2] else SPACES[key.op].default(key, "nvidia")
 
     with tuning.override(choose), dt.backend("triton"):
         Running(CALL, torch.device("cpu"))()

@@ -19,6 +19,8 @@ import torch
 import bench.__main__ as command
 import dyreg_triton as dt
 from bench import bilinear, measure, region, relational, rows
+from dyreg_triton._core import dispatch
+from dyreg_triton.ops import launch
 
 MACHINE = {
     "device", "kind", "capability", "copy_bandwidth", "torch", "triton", "python", "dyreg_triton", "commit", "date",
@@ -65,7 +67,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, list[dict]]:
 def doubtful(right: Callable) -> Callable:
     """A call whose results are off by a thousandth, but for the reference's."""
     return lambda *args, **options: (
-        right(*args, **options) * (1 if dt.dispatch.current_backend() == "reference" else 1.001)
+        right(*args, **options) * (1 if dispatch.current_backend() == "reference" else 1.001)
     )
 
 
@@ -161,7 +163,7 @@ def test_a_wrong_op_gives_no_rows(small, tmp_path, monkeypatch, capsys):
 
 def test_an_op_that_fails_gives_no_rows(small, tmp_path, monkeypatch, capsys):
     def fails(*args, **options):
-        if dt.dispatch.current_backend() != "reference":
+        if dispatch.current_backend() != "reference":
             raise RuntimeError("no such kernel")
         return right(*args, **options)
 
@@ -761,7 +763,7 @@ def test_the_published_bilinear_formulation_tells_a_wrong_op(small, monkeypatch,
     chosen = MUTATIONS[mutation]
     monkeypatch.setattr(
         bilinear, "ours",
-        lambda *args: (right if dt.dispatch.current_backend() == "reference" else chosen)(*args),
+        lambda *args: (right if dispatch.current_backend() == "reference" else chosen)(*args),
     )  # fmt: skip
     (check, _) = bilinear.checks(a_machine())
     assert not check.error() <= check.tolerance
@@ -831,7 +833,7 @@ def test_a_wrong_block_is_not_kept(small, monkeypatch, capsys):
 
     def transposed(call: Callable) -> Callable:
         def wrong(x, p, q, t):
-            return call(x, p if dt.dispatch.current_backend() == "reference" else p.mT, q, t)
+            return call(x, p if dispatch.current_backend() == "reference" else p.mT, q, t)
 
         return wrong
 
@@ -895,23 +897,23 @@ def test_launch_overhead_with_a_stand_in(overhead, standin, tmp_path):
         assert low <= row["host_seconds"]["ours"] <= high
         assert sum(row["spent"].values()) == pytest.approx(row["host_seconds"]["ours"])
         assert all(seconds > 0 for seconds in row["spent"].values())
-    assert not dt.dispatch.can_run("triton", device="cpu", dtype=torch.float32)  # the stand-in is gone
+    assert not dispatch.can_run("triton", device="cpu", dtype=torch.float32)  # the stand-in is gone
 
 
 def test_a_launch_unlike_tritons_own_is_not_kept(overhead, standin, tmp_path, monkeypatch, capsys):
-    direct = dt.launch.Launch._launch
+    direct = launch.Launch._launch
 
     def careless(self, args):
         direct(self, tuple(arg + 1 if isinstance(arg, float) else arg for arg in args))
 
-    monkeypatch.setattr(dt.launch.Launch, "_launch", careless)
+    monkeypatch.setattr(launch.Launch, "_launch", careless)
     status, found = run(tmp_path, "overhead")
     assert (status, found) == (1, [])
     assert "WRONG, not kept: region_kernel launch forward has error 1 > 0" in capsys.readouterr().out
 
 
 def test_a_stand_in_that_sees_no_launch_proves_nothing(overhead, standin, tmp_path, monkeypatch):
-    monkeypatch.setattr(dt.launch.Launch, "__call__", lambda self, *args: None)
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *args: None)
     assert run(tmp_path, "overhead") == (1, [])
 
 

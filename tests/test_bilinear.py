@@ -38,8 +38,8 @@ from torch.nn import functional as F
 
 import dyreg_triton as dt
 from dyreg_triton import tuning
-from dyreg_triton.dispatch import can_run
-from dyreg_triton.launch import Launch, watched
+from dyreg_triton._core.dispatch import can_run
+from dyreg_triton.ops.launch import Launch, watched
 from dyreg_triton.testing import BilinearSpec, Call, TensorSpec, check_call, check_op, strategies
 
 OP = "bilinear_transform"

@@ -180,7 +180,7 @@ def test_relational_float32():
 
 @pytest.mark.parametrize(("target", "highest"), [("sm_80", "tf32x3"), ("sm_100", "tf32x3"), ("gfx942", "ieee")])
 def test_highest_precision_of_a_family(target, highest):
-    from dyreg_triton import launch
+    from dyreg_triton.ops import launch
 
     with compiled.compiling(target):
         assert launch.precision(torch.empty(0), "tf32x3") == highest
@@ -196,9 +196,8 @@ def test_relational_of_ones():
 
 def test_the_relational_table_covers_what_a_launch_may_choose():
     """Every config of the heuristic at the paper's window is compiled by `bench compiled --all`."""
-    from unittest import mock
-
     from dyreg_triton import tuning
+    from dyreg_triton.ops.launch import redirected
 
     choose, chosen = tuning.relational, set()
 
@@ -206,8 +205,7 @@ def test_the_relational_table_covers_what_a_launch_may_choose():
         chosen.add((key.kind, config))
         return config
 
-    no_launch = mock.patch("dyreg_triton.launch.Launch.__call__")
-    with compiled.compiling("sm_90"), tuning.override(note), no_launch:
+    with compiled.compiling("sm_90"), tuning.override(note), redirected(lambda *_: None):
         for case in relational.cases(everything=True):
             case.launch()
     tiles = {(kind, dataclasses.replace(config, splits=1, clips=1)) for kind, config in chosen}
@@ -282,9 +280,8 @@ def test_bilinear_of_ones():
 
 def test_the_bilinear_table_has_every_form_of_a_tile():
     """In every dtype: by kron(P, Q^T) and one after the other, frames not mixed, mixed in the same pass and not."""
-    from unittest import mock
-
     from dyreg_triton import tuning
+    from dyreg_triton.ops.launch import redirected
 
     kinds = {"forward", "backward", "forward_mixed", "backward_mixed", "mix", "mix_backward"}
     for dtype in compiled.DTYPES:
@@ -294,8 +291,7 @@ def test_the_bilinear_table_has_every_form_of_a_tile():
             chosen.add((key.kind, config.joint, config.fused))
             return config
 
-        no_launch = mock.patch("dyreg_triton.launch.Launch.__call__")
-        with compiled.compiling("sm_90"), tuning.override(note), no_launch:
+        with compiled.compiling("sm_90"), tuning.override(note), redirected(lambda *_: None):
             for case in bilinear.cases(everything=True):
                 if case.dtype == dtype:
                     case.launch()

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is needed to compile")
-from triton.runtime import JITFunction
 
 pytestmark = pytest.mark.compiled
 compiled = pytest.importorskip("bench.compiled", reason="triton is needed to compile", exc_type=ImportError)
@@ -23,6 +22,7 @@ occupancy = pytest.importorskip("bench.compiled.occupancy").occupancy
 RegionCase = pytest.importorskip("bench.compiled.region", exc_type=ImportError).RegionCase
 RelationalCase = pytest.importorskip("bench.compiled.relational", exc_type=ImportError).RelationalCase
 BilinearCase = pytest.importorskip("bench.compiled.bilinear", exc_type=ImportError).BilinearCase
+redirected = pytest.importorskip("dyreg_triton.ops.launch").redirected
 
 # --- machine code ---------------------------------------------------------------------------------------------------
 
@@ -268,15 +268,13 @@ def products(ttir):
 def launches(case, compiling=()):
     """Each launch's kernel, arguments and programs, and the intermediate code of those that are to be compiled."""
     found = []
-    run = JITFunction.run
 
-    def note(kernel, *args, grid, warmup, **kwargs):
-        name = kernel.fn.__name__
-        compiled_now = run(kernel, *args, grid=grid, warmup=True, **kwargs) if name in compiling else None
-        given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-        found.append((name, given, math.prod(grid), compiled_now and compiled_now.asm["ttir"]))
+    def note(launch, args):
+        name = launch.kernel.fn.__name__
+        code = launch.compile(args).asm["ttir"] if name in compiling else None
+        found.append((name, launch.given_by_name(args), launch.programs, code))
 
-    with compiled.compiling("sm_90"), mock.patch.object(JITFunction, "run", note):
+    with compiled.compiling("sm_90"), redirected(note):
         case.launch()
     return found
 

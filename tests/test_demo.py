@@ -15,7 +15,7 @@ pytest.importorskip("safetensors")
 from PIL import Image
 from safetensors.torch import load_file
 
-from dyreg_triton import replacing
+from dyreg_triton._core import atomic_files as replacing
 from dyreg_triton.demo import digits, draw, measure, model, published, report, run
 from dyreg_triton.demo.__main__ import main
 

@@ -13,7 +13,7 @@ import torch
 from support import PATIENCE, RegionCase, assert_identical, backends, value_and_gradients
 
 import dyreg_triton as dt
-from dyreg_triton.dispatch import can_run, current_backend
+from dyreg_triton._core.dispatch import can_run, current_backend
 
 NAMES = ("auto", "triton", "eager", "reference")
 

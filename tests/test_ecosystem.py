@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dyreg_triton as dt
-from dyreg_triton.dispatch import current_backend
+from dyreg_triton._core.dispatch import current_backend
 
 # cuBLAS promises the same bits only with this set before its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1141,7 +1141,7 @@ def far_map(dimension: int) -> Tensor:
 
 def far_offsets() -> None:
     """Maps read, and written, at offsets that no int32 holds, though every stride does."""
-    from dyreg_triton.ops.region import _scatter
+    from dyreg_triton.ops.region_launches import scatter
 
     generator = torch.Generator().manual_seed(0)
     values, v = (torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in ((3, 3, 3, 3), (3, 2, 3)))
@@ -1164,7 +1164,7 @@ def far_offsets() -> None:
         for i, (a, b) in enumerate(zip(results("triton", far), expected, strict=True)):
             assert_close(a, b, f"dimension {dimension}, result {i}", tolerance=1e-2)
         far.fill_(float("nan"))
-        _scatter(far, v, None, regions, "linear", 1.0)
+        scatter(far, v, None, regions, "linear", 1.0)
         assert_close(far.clone(), expected_map, f"dimension {dimension}, map", tolerance=1e-2)
         del far
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyreg_triton as dt
 from dyreg_triton import testing
-from dyreg_triton.dispatch import can_run, current_backend
+from dyreg_triton._core.dispatch import can_run, current_backend
 from dyreg_triton.testing import strategies
 
 

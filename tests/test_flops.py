@@ -33,7 +33,7 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyreg_triton as dt
-from dyreg_triton import dispatch
+from dyreg_triton._core import dispatch
 from dyreg_triton.eager import relational as eager_relational
 from dyreg_triton.ops import flops
 from dyreg_triton.ops.region import pool_placed
@@ -47,7 +47,7 @@ kernels = pytest.mark.kernels
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The triton backend may be chosen where no kernel can run: for fake tensors, whose ops launch nothing."""
-    monkeypatch.setattr(dispatch, "_why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: None)
 
 
 fakes = pytest.mark.usefixtures("everywhere")

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 import dyreg_triton as dt
 from dyreg_triton import testing
-from dyreg_triton.dispatch import BACKENDS, can_run, current_backend
+from dyreg_triton._core.dispatch import BACKENDS, can_run, current_backend
+from dyreg_triton._core.validation import FLOATS
 from dyreg_triton.layers.dyreg import GENERATORS
 from dyreg_triton.layers.variants import REGIONS
 from dyreg_triton.testing import strategies
-from dyreg_triton.validate import FLOATS
 
 # --- what a call may come to ----------------------------------------------------------------------------------------
 

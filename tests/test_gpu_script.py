@@ -19,7 +19,7 @@ from support import DEVICE, PATIENCE, in_full
 
 from bench import sanitize
 from dyreg_triton import tuning
-from dyreg_triton.tuning.rooms import ROOMS
+from dyreg_triton.configs.table import SPACES
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -331,7 +331,7 @@ def test_the_bilinear_transform_is_launched_in_every_form() -> None:
         for kind in ("forward", "backward"):
             name, x = kind + "_mixed" * bool(call.temporal), torch.empty(0, dtype=case.dtype)
             key = tuning.bilinear_key(name, sizes, call.groups, call.cells, mixes, ts, x)
-            config = ROOMS["bilinear"].default(key, "nvidia")
+            config = SPACES["bilinear"].default(key, "nvidia")
             form = "another pass" if not config.fused else "joint" if config.joint else "one by one"
             forms.add((kind, call.temporal is not None, form, case.channels_last))
     for kind, mixed in itertools.product(("forward", "backward"), (False, True)):

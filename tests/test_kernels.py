@@ -10,7 +10,9 @@ from support import DEVICE, INTERPRETED, TOLERANCE, Guarded, assert_close, poiso
 from torch.library import opcheck
 
 import dyreg_triton as dt
-from dyreg_triton import launch, tuning
+from dyreg_triton import tuning
+from dyreg_triton.ops import launch
+from dyreg_triton.ops import region_launches as launches
 
 OPS = torch.ops.dyreg_triton
 
@@ -143,7 +145,6 @@ def test_small_maps_are_read_as_one_run(size, c, dtype):
 @kernels
 def test_a_program_writes_its_own_channels_only():
     """Others run at the same time on a GPU; here one runs alone."""
-    from dyreg_triton.ops import region as ops
 
     def first(ready, args):
         assert ready.programs == 3
@@ -154,8 +155,8 @@ def test_a_program_writes_its_own_channels_only():
         y = torch.full_like(x, 7.0)
         launch.forget()
         with launch.watched(first):
-            ops._scatter(y, v, None, r, "linear", 1.0)
-            ops._scatter(y, v, x, r, "linear", 1.0)
+            launches.scatter(y, v, None, r, "linear", 1.0)
+            launches.scatter(y, v, x, r, "linear", 1.0)
         assert not y[:, :16].eq(7).any()
         assert y[:, 16:].eq(7).all()
         launch.forget()  # these launches are not for others

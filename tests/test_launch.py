@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyreg_triton as dt
-from dyreg_triton import launch, tuning
-from dyreg_triton.gpu import gpu_of
+from dyreg_triton import tuning
+from dyreg_triton._core.gpu import gpu_of
+from dyreg_triton.configs import files
+from dyreg_triton.ops import launch
 from dyreg_triton.ops.custom import Op, op, signature
-from dyreg_triton.tuning import Config, files
+from dyreg_triton.tuning import Config
 
 # --- the short way --------------------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ def test_tf32_by_torchs_newer_settings(dtype: torch.dtype) -> None:
     """With which torch's older question raises."""
     code = f"""
 import torch, dyreg_triton as dt
-from dyreg_triton.gpu import matmul_precision
+from dyreg_triton._core.gpu import matmul_precision
 torch.backends.cuda.matmul.fp32_precision = "tf32"
 assert matmul_precision() == "high"
 x, r = torch.randn(1, 3, 4, 5, dtype={dtype}, device="{DEVICE}"), torch.rand(1, 2, 4, device="{DEVICE}") + 1

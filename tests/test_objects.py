@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from tuning_cases import GPU, key
 
 import dyreg_triton as dt
+from dyreg_triton._core import dispatch
+from dyreg_triton.configs import lookup
 from dyreg_triton.testing import strategies
-from dyreg_triton.tuning import engine, lookup
+from dyreg_triton.tuning import engine
 
 # --- the public names -----------------------------------------------------------------------------------------------
 
@@ -479,7 +481,7 @@ def test_what_cannot_be_copied_says_so(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [dt.backend, dt.tuning.use])
 def test_a_setting_that_is_not_copied_still_ends(kind: Any) -> None:
-    state: Callable[[], Any] = lambda: (dt.dispatch.current_backend(), lookup._explicit)  # noqa: E731
+    state: Callable[[], Any] = lambda: (dispatch.current_backend(), lookup._explicit)  # noqa: E731
     before = state()
     with kind("eager" if kind is dt.backend else None) as setting:
         inside = state()

@@ -34,11 +34,13 @@ import bench.rows
 import bench.sanitize
 import dyreg_triton as dt
 import dyreg_triton.demo.__main__
-from dyreg_triton import cli, console, pretrained, tuning, viz
+from dyreg_triton import cli, pretrained, tuning, viz
+from dyreg_triton._core import console, installed
+from dyreg_triton._core.atomic_files import replacing
+from dyreg_triton._core.gpu import Gpu
+from dyreg_triton.configs import files
 from dyreg_triton.demo import draw, report, run
-from dyreg_triton.gpu import Gpu
-from dyreg_triton.replacing import replacing
-from dyreg_triton.tuning import calls, engine, files, tuner
+from dyreg_triton.tuning import calls, engine, tuner
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "\xe9\u0436"  # the first is in latin-1, neither in ASCII
@@ -138,7 +140,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(bench.__main__, "RESULTS", folder / NAME)
         patch.setattr(bench.sanitize.dispatch, "why_not", lambda *_: None)
         patch.setattr(bench.sanitize, "run", lambda _: print(NAME) or [NAME])
-        if dt.installed.triton_fault() is None:
+        if installed.triton_fault() is None:
             patch.setattr("bench.compiled.main", compiled_main)
             patch.setattr("bench.compiled.report.rows", lambda _: [])
         yield folder

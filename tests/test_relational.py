@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 import dyreg_triton as dt
 from dyreg_triton import tuning
-from dyreg_triton.dispatch import can_run
+from dyreg_triton._core.dispatch import can_run
 from dyreg_triton.testing import Call, RelationalSpec, TensorSpec, check_call, check_op, strategies
 
 OP = "relational_attention"

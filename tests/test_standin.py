@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import dyreg_triton as dt
-from dyreg_triton import dispatch, launch
+from dyreg_triton._core import dispatch
+from dyreg_triton.ops import launch
 
 pytestmark = pytest.mark.compiled
 triton = pytest.importorskip("triton", reason="triton is needed to launch")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dyreg_triton.installed import MIN_TRITON, triton_fault, triton_version
+from dyreg_triton._core.installed import MIN_TRITON, triton_fault, triton_version
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPLETE = """
@@ -121,13 +121,14 @@ def called(main, *arguments):
 
 def told(interpret, closely):
     import dyreg_triton as dt
-    from dyreg_triton import cli, dispatch
+    from dyreg_triton import cli
+    from dyreg_triton._core import dispatch, gpu, installed
 
     result = {"refused": {}, "wrong": []}
     if interpret == "0":
         calls()["region_pool"](dt.ops)
         assert dispatch.can_run("triton", device="cpu", dtype=torch.float32) is False
-        result["asked"] = dt.installed.triton_fault.cache_info().misses
+        result["asked"] = installed.triton_fault.cache_info().misses
     for name, call in calls().items():
         expected = None
         for backend in ("reference", "eager", "auto"):
@@ -145,7 +146,7 @@ def told(interpret, closely):
     for raising in (
         lambda: dispatch.can_run("triton", device=device, dtype=torch.float32, raise_error=True),
         lambda: dt.tuning.tune(device=device),
-        lambda: dt.gpu.gpu_of(device),
+        lambda: gpu.gpu_of(device),
     ):
         try:
             raising()

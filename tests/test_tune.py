@@ -21,14 +21,15 @@ from tuning_cases import BILINEAR_KINDS, collected, without_files, written
 
 import dyreg_triton as dt
 from dyreg_triton import tuning
+from dyreg_triton._core.gpu import Gpu, family, gpu_of
 from dyreg_triton.cli import main
-from dyreg_triton.gpu import Gpu, family, gpu_of
-from dyreg_triton.launch import Launch, watched
-from dyreg_triton.tuning import BilinearConfig, Config, Key, TunedCall, calls, files
+from dyreg_triton.configs import files
+from dyreg_triton.configs.files import user_file
+from dyreg_triton.configs.table import SPACES
+from dyreg_triton.ops.launch import Launch, watched
+from dyreg_triton.tuning import BilinearConfig, Config, Key, TunedCall, calls
 from dyreg_triton.tuning.engine import Refused
-from dyreg_triton.tuning.files import user_file
 from dyreg_triton.tuning.problems import Running, case_of, keys_of
-from dyreg_triton.tuning.rooms import ROOMS
 from dyreg_triton.tuning.tuner import KernelJob
 
 
@@ -362,12 +363,12 @@ def test_only_passes_that_run_are_timed(tmp_path: Path, gpu: Gpu, wanted: list[s
 @contextmanager
 def passes_by_default(*kinds: str) -> Iterator[None]:
     """As where the heuristic mixes frames in passes for these kinds, and in the same pass for others."""
-    room = ROOMS["bilinear"]
+    room = SPACES["bilinear"]
 
     def default(key: Key, family: str) -> Any:
         return dataclasses.replace(room.default(key, family), fused=key.kind not in kinds)
 
-    with mock.patch.dict(ROOMS, bilinear=dataclasses.replace(room, default=default)):
+    with mock.patch.dict(SPACES, bilinear=dataclasses.replace(room, default=default)):
         tuning.forget()
         yield
     tuning.forget()
@@ -529,7 +530,7 @@ def test_tune_writes_the_users_file(gpu: Gpu) -> None:
 def test_ops_and_dtypes_of_a_preset(tmp_path: Path, gpu: Gpu) -> None:
     """No time for any: it is counted how many there are."""
     left = {}
-    for ops in (None, *([op] for op in ROOMS), ["bilinear", "region"]):
+    for ops in (None, *([op] for op in SPACES), ["bilinear", "region"]):
         for dtypes in (("float32",), ("bfloat16",), ("bfloat16", "float32")):
             summary = tuning.tune(
                 shapes="quick", ops=ops, dtypes=dtypes, budget=1e-9, path=tmp_path / "a.json", device=DEVICE,
@@ -537,10 +538,10 @@ def test_ops_and_dtypes_of_a_preset(tmp_path: Path, gpu: Gpu) -> None:
             )  # fmt: skip
             left[ops and "+".join(ops), dtypes] = sum(counts(summary))
     for dtypes in (("float32",), ("bfloat16",), ("bfloat16", "float32")):
-        assert all(left[op, dtypes] > 0 for op in ROOMS)
+        assert all(left[op, dtypes] > 0 for op in SPACES)
         assert left[None, dtypes] == sum(left[op, dtypes] for op in ("region", "relational", "bilinear"))
         assert left["bilinear+region", dtypes] == left["bilinear", dtypes] + left["region", dtypes]
-    for ops in (None, *ROOMS):
+    for ops in (None, *SPACES):
         assert left[ops, ("bfloat16", "float32")] == left[ops, ("bfloat16",)] + left[ops, ("float32",)]
 
 
@@ -1087,7 +1088,7 @@ def test_from_a_factory(asked: Asked) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("op", ROOMS)
+@pytest.mark.parametrize("op", SPACES)
 def test_each_op_by_its_name(asked: Asked, op: str) -> None:
     assert tune("--ops", op, *HERE) == 0
     assert list(asked["ops"]) == [op]
@@ -1208,7 +1209,7 @@ def test_show_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert listed["sm_90"] != listed["gfx942"]
 
 
-@pytest.mark.parametrize("op", ROOMS)
+@pytest.mark.parametrize("op", SPACES)
 def test_show_one_op(capsys: pytest.CaptureFixture[str], op: str) -> None:
     """Nothing but its kernels, each with every field of its config."""
     assert tune("--show", "--shapes", "quick", "--target", "sm_90", "--ops", op) == 0

@@ -17,7 +17,8 @@ from support import settings
 from tuning_cases import BROKEN, GPU, interrupted_at, without_files
 
 from dyreg_triton import tuning
-from dyreg_triton.tuning import Config, Key, engine, files
+from dyreg_triton.configs import files
+from dyreg_triton.tuning import Config, Key, engine
 
 SIDES = (16, 32, 64, 128)
 GRID = [Config(8, c, p) for c in SIDES for p in SIDES]

@@ -40,12 +40,13 @@ from tuning_cases import (
 
 import dyreg_triton as dt
 from dyreg_triton import tuning
-from dyreg_triton.gpu import Gpu, family, gpu_of
-from dyreg_triton.launch import watched
-from dyreg_triton.tuning import BilinearConfig, Config, Key, RelationalConfig, files
-from dyreg_triton.tuning.files import user_file
-from dyreg_triton.tuning.keys import KINDS
-from dyreg_triton.tuning.rooms import ROOMS
+from dyreg_triton._core.gpu import Gpu, family, gpu_of
+from dyreg_triton.configs import files
+from dyreg_triton.configs.files import user_file
+from dyreg_triton.configs.keys import FORMS
+from dyreg_triton.configs.table import SPACES
+from dyreg_triton.ops.launch import watched
+from dyreg_triton.tuning import BilinearConfig, Config, Key, RelationalConfig
 
 ITEMSIZE = {"16-bit": 2, "float32": 4, "tf32": 4, "float64": 8}
 DTYPE = {"16-bit": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -379,7 +380,7 @@ def test_a_near_config_is_fitted(gpu: Gpu, kind: str, clips: int, size: tuple[in
     fields = {name: getattr(held, name) for name in ("splits", "clips", "plane")}
     assert dataclasses.replace(found, **fields) == held
     # how many clips and parts there are follows from the sizes, not from what was measured on others
-    default = ROOMS["relational"].default(rsa_key(clips, size, kind=kind), family(DEVICE))
+    default = SPACES["relational"].default(rsa_key(clips, size, kind=kind), family(DEVICE))
     assert (found.splits, found.clips) == (default.splits, default.clips)
     if clips == 8:
         assert found.plane == held.plane
@@ -415,7 +416,7 @@ def test_a_near_config_of_a_transform_is_fitted(gpu: Gpu, kind: str, problem: tu
     least = 16 if joint or kind.startswith("mix") else 1
     assert found.block_n == min(block_n, max(least, 1 << (columns - 1).bit_length()))
     # how many tiles a program takes follows from the sizes, not from what was measured on others
-    default = ROOMS["bilinear"].default(asked, family(DEVICE))
+    default = SPACES["bilinear"].default(asked, family(DEVICE))
     assert found.steps == min(default.steps, -(-columns // found.block_n))
     assert dataclasses.replace(found, block_n=block_n, steps=64) == held
 
@@ -427,7 +428,7 @@ def test_a_near_key_that_kept_its_default_says_to_keep_it(gpu: Gpu) -> None:
     written(user_file(gpu), {key(32): files.Entry(kept, 1e-5, kept, 1e-5, True)}, gpu)
     origin = tuning.origin(key(), DEVICE)
     assert (origin.source, origin.key) == ("user", key(32))
-    assert origin.config == ROOMS["region"].default(key(), family(DEVICE))
+    assert origin.config == SPACES["region"].default(key(), family(DEVICE))
     assert tuning.origin(key(32), DEVICE).config == kept
 
 
@@ -786,7 +787,7 @@ def test_a_transform_asks_the_files(gpu: Gpu, tmp_path: Path, forward: bool, bac
                 if not launch.key.kind.startswith("mix"):
                     assert constants["JOINT"] == said.joint
         for launch in transformed(launches):
-            config = ROOMS["bilinear"].default(launch.key, family(DEVICE))
+            config = SPACES["bilinear"].default(launch.key, family(DEVICE))
             assert launch.constants["BLOCK_N"] == config.block_n
 
 
@@ -860,7 +861,7 @@ def test_a_pass_that_does_not_fit_is_out_of_use(gpu: Gpu, kind: str, near: bool)
         entries |= dict.fromkeys((keys["forward_mixed"], keys["backward_mixed"]), BilinearConfig(fused=False))
     path = written(user_file(gpu), entries, gpu)
     name = "bilinear_mix" if kind.startswith("mix") else f"bilinear_{kind.removesuffix('_mixed')}"
-    default = ROOMS["bilinear"].default(some, family(DEVICE))
+    default = SPACES["bilinear"].default(some, family(DEVICE))
     scarce = Scarce(getattr(bilinear, name), 16, "num_warps")
     with mock.patch.object(bilinear, name, scarce), collected() as reports:
         for _ in range(2):
@@ -954,7 +955,7 @@ def assert_launchable(config: BilinearConfig, key: Key) -> None:
 @example(key=bat_key(cells=(64, 64), size=(64, 64), ts=1, kind="backward"), family="amd")
 def test_default_of_every_transform(key: Key, family: str) -> None:
     """It is the heuristic's, of a config that can be launched, and fits itself."""
-    room = ROOMS["bilinear"]
+    room = SPACES["bilinear"]
     clips, channels, t, h, w, groups, sh, sw, mixes, ts = key.sizes
     found = room.default(key, family)
     itemsize = ITEMSIZE[key.element]
@@ -967,7 +968,7 @@ def test_default_of_every_transform(key: Key, family: str) -> None:
 @given(key=problems, family=st.sampled_from(FAMILIES))
 def test_a_default_is_within_its_sizes(key: Key, family: str) -> None:
     """So that it is what is launched, and steps begin at a config that they could lead to."""
-    room = ROOMS[key.op]
+    room = SPACES[key.op]
     found = room.default(key, family)
     if key.kind != "pack":  # which has no use for a plane, and lets it be
         assert room.within(found, key) == found
@@ -995,7 +996,7 @@ def is_step(name: str, a: Any, b: Any) -> bool:
 @given(key=problems, family=st.sampled_from(FAMILIES), data=st.data())
 def test_steps_are_one_step_away_and_legal(key: Key, family: str, data: st.DataObject) -> None:
     """From the default, and from there on."""
-    room = ROOMS[key.op]
+    room = SPACES[key.op]
     config = room.default(key, family)
     for _ in range(3):
         steps = list(room.steps(config, key))
@@ -1021,7 +1022,7 @@ def test_what_a_transform_is_tried_with(kind: str, element: str) -> None:
     mixes, ts = (1, 1) if kind in ("forward", "backward") else (4, 4)
     key = bat_key(8, 256, 4, (28, 28), 4, cells, mixes, ts, kind)._replace(element=element)
     start = BilinearConfig(32, 2 if ts == 1 else 1)
-    steps = list(ROOMS["bilinear"].steps(start, key))
+    steps = list(SPACES["bilinear"].steps(start, key))
     tried = {name for step in steps for name in changes(start, step)}
     expected = {"block_n", "num_warps", "num_stages"}
     if not kind.startswith("mix"):
@@ -1034,7 +1035,7 @@ def test_what_a_transform_is_tried_with(kind: str, element: str) -> None:
 
 def test_small_tiles_are_tried_of_two_products_only() -> None:
     """One product needs sixteen columns; the other way a tile of fewer has as many rows besides."""
-    key, room = bat_key(kind="forward", mixes=1, ts=1), ROOMS["bilinear"]
+    key, room = bat_key(kind="forward", mixes=1, ts=1), SPACES["bilinear"]
     assert 8 not in {step.block_n for step in room.steps(BilinearConfig(16, joint=True), key)}
     assert 8 in {step.block_n for step in room.steps(BilinearConfig(16, joint=False), key)}
     assert False in {step.joint for step in room.steps(BilinearConfig(16, joint=True), key)}
@@ -1045,7 +1046,7 @@ def test_small_tiles_are_tried_of_two_products_only() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_both_ways_of_mixing_are_tried(fused: bool) -> None:
     for kind in ("forward_mixed", "backward_mixed"):
-        steps = ROOMS["bilinear"].steps(BilinearConfig(16, fused=fused), bat_key(kind=kind))
+        steps = SPACES["bilinear"].steps(BilinearConfig(16, fused=fused), bat_key(kind=kind))
         assert (not fused) in {step.fused for step in steps}
 
 
@@ -1053,7 +1054,7 @@ def test_both_ways_of_mixing_are_tried(fused: bool) -> None:
 @given(key=transforms(), family=st.sampled_from(FAMILIES), data=st.data())
 def test_whatever_is_taken_over_can_be_launched(key: Key, family: str, data: st.DataObject) -> None:
     """A config measured on more clips, channels, frames and places is cut to the sizes at hand, and cut once."""
-    room, joint = ROOMS["bilinear"], data.draw(st.booleans())
+    room, joint = SPACES["bilinear"], data.draw(st.booleans())
     most = data.draw(st.integers(4 if joint else 0, 12))
     config = data.draw(
         st.builds(
@@ -1078,16 +1079,16 @@ LAUNCHES = {
 def test_which_kernels_stand_for_a_key(kind: str) -> None:
     """Its own; where frames are mixed in a pass of their own, those of the passes."""
     in_one, in_passes = LAUNCHES.get(kind, ((kind,), (kind,)))
-    room = ROOMS["bilinear"]
+    room = SPACES["bilinear"]
     assert sorted(room.launches(bat_key(kind=kind), BilinearConfig())) == sorted(in_one)
     assert sorted(room.launches(bat_key(kind=kind), BilinearConfig(fused=False))) == sorted(in_passes)
-    assert {*in_one, *in_passes} <= set(KINDS["bilinear"])
+    assert {*in_one, *in_passes} <= set(FORMS["bilinear"].kinds)
 
 
 @settings(60)
 @given(key=st.one_of(regions, attentions))
 def test_other_keys_stand_for_themselves(key: Key) -> None:
-    room = ROOMS[key.op]
+    room = SPACES[key.op]
     assert room.launches(key, room.default(key, "nvidia")) == (key.kind,)
 
 

@@ -45,10 +45,11 @@ from tuning_cases import (
 
 import dyreg_triton as dt
 from dyreg_triton import tuning
-from dyreg_triton.gpu import Gpu
-from dyreg_triton.tuning import BilinearConfig, Config, Key, RelationalConfig, files
-from dyreg_triton.tuning.files import Entry
-from dyreg_triton.tuning.rooms import ROOMS, from_json, kernel_hash, to_json
+from dyreg_triton._core.gpu import Gpu
+from dyreg_triton.configs import files
+from dyreg_triton.configs.files import Entry
+from dyreg_triton.configs.table import SPACES, from_json, kernel_hash, to_json
+from dyreg_triton.tuning import BilinearConfig, Config, Key, RelationalConfig
 
 
 @pytest.fixture(autouse=True)
@@ -300,14 +301,14 @@ CHANGES = [
 @pytest.mark.parametrize(("file", "ops"), CHANGES)
 def test_kernel_hash_is_of_every_source_of_the_op(file: str, ops: set[str]) -> None:
     """A letter more in one file, and the configs of the ops that it belongs to say nothing any more."""
-    before, read = {op: kernel_hash(op) for op in ROOMS}, Path.read_text
+    before, read = {op: kernel_hash(op) for op in SPACES}, Path.read_text
 
     def changed(path: Path, *args: Any, **options: Any) -> str:
         return read(path, *args, **options) + " " * (path.name == f"{file}.py")
 
     with mock.patch.object(Path, "read_text", changed):
-        after = {op: kernel_hash.__wrapped__(op) for op in ROOMS}
-    assert {op for op in ROOMS if after[op] != before[op]} == ops
+        after = {op: kernel_hash.__wrapped__(op) for op in SPACES}
+    assert {op for op in SPACES if after[op] != before[op]} == ops
 
 
 # --- configs as JSON ------------------------------------------------------------------------------------------------
@@ -650,7 +651,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 def test_merge_interrupted_anywhere(tmp_path: Path) -> None:
     """At every line of it: the file is the former one or the new one, and the lock is free."""
-    folder, path = Path(tuning.__file__).parent, tmp_path / "a.json"
+    folder, path = Path(files.__file__).parent, tmp_path / "a.json"
     former, new = {key(): entry(config())}, {key(64): entry(config(64))}
     written(path, former)
     before = path.read_bytes()
@@ -674,7 +675,7 @@ def test_merge_interrupted_anywhere(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_moving_aside_interrupted_anywhere(tmp_path: Path) -> None:
     """What can still be used is in its place at every moment, and the rest is not lost."""
-    folder, path = Path(tuning.__file__).parent, tmp_path / "a.json"
+    folder, path = Path(files.__file__).parent, tmp_path / "a.json"
     edited(written(path, {key(): config(), rsa_key(): RelationalConfig()}), set_in("kernels", "region")("0123456789ab"))
     before = path.read_bytes()
     for _ in range(2):  # what is reported, and read of the kernels, comes once
@@ -714,9 +715,10 @@ def test_threads_that_merge_at_once(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from dyreg_triton.gpu import Gpu
-from dyreg_triton.tuning import Config, Key, files
-from dyreg_triton.tuning.files import Entry
+from dyreg_triton._core.gpu import Gpu
+from dyreg_triton.configs import files
+from dyreg_triton.tuning import Config, Key
+from dyreg_triton.configs.files import Entry
 
 path, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 gpu = Gpu("Example GPU 3000 (SXM)", "9.0", 232448)

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from dyreg_triton import tuning
-from dyreg_triton.gpu import Gpu
-from dyreg_triton.tuning import BilinearConfig, Config, Key, RelationalConfig, files
-from dyreg_triton.tuning.files import Entry
+from dyreg_triton._core.gpu import Gpu
+from dyreg_triton.configs import files
+from dyreg_triton.configs.files import Entry
+from dyreg_triton.tuning import BilinearConfig, Config, Key, RelationalConfig
 
 GPU = Gpu("Example GPU 3000 (SXM)", "9.0", 232448)
 REGION_KINDS = ("gather", "scatter", "gather_moments", "scatter_moments", "dense", "dense_moments")

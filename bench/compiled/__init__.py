@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from triton.backends.compiler import GPUTarget
 
-from dyreg_triton.tuning import ahead
+from dyreg_triton.ops import launch
 
 from .machine_code import Code, inspect
 
@@ -36,10 +35,12 @@ def compiling(target: str) -> Iterator[list[Code]]:
     """Inside, launches on meta tensors compile for `target` and append their `Code` to the list."""
     codes: list[Code] = []
 
-    def seen(_: Any, compiled: Any, given: dict[str, Any], grid: tuple[int, ...]) -> None:
-        codes.append(dataclasses.replace(inspect(compiled, target), programs=math.prod(grid), given=given))
+    def seen(made: launch.Launch, args: tuple[Any, ...], compiled: Any) -> None:
+        codes.append(
+            dataclasses.replace(inspect(compiled, target), programs=made.programs, given=made.given_by_name(args))
+        )
 
-    with ahead.compiling(TARGETS[target], 1000 + list(TARGETS).index(target), seen):
+    with launch.compiling(TARGETS[target], 1000 + list(TARGETS).index(target), seen):
         yield codes
 
 

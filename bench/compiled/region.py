@@ -66,7 +66,7 @@ class RegionCase(NamedTuple):
 
     def launch(self) -> None:
         """Through the op's own host code, on meta tensors."""
-        from dyreg_triton.ops import region as ops
+        from dyreg_triton.ops import region_launches as launches
 
         def a_map() -> torch.Tensor:
             shape = (self.frames, self.channels, *self.size)
@@ -81,18 +81,18 @@ class RegionCase(NamedTuple):
         regions = torch.empty(self.frames, self.nodes, 4, device="meta", dtype=torch.float32)
         dense = torch.empty(self.frames, self.nodes, *self.size, dtype=self.torch_dtype, device="meta")
         if self.kind == "gather":
-            ops._gather(a_map(), None, regions, self.profile, 1.0, nodes=True)
+            launches.gather(a_map(), None, regions, self.profile, 1.0, nodes=True)
         elif self.kind == "scatter":
-            ops._scatter(a_map(), nodes, None, regions, self.profile, 1.0)
+            launches.scatter(a_map(), nodes, None, regions, self.profile, 1.0)
         elif self.kind == "gather_moments":
-            ops._gather(a_map(), nodes, regions, self.profile, 1.0, nodes=True)
-            ops._gather(a_map(), nodes, regions, self.profile, 1.0, nodes=False)
+            launches.gather(a_map(), nodes, regions, self.profile, 1.0, nodes=True)
+            launches.gather(a_map(), nodes, regions, self.profile, 1.0, nodes=False)
         elif self.kind == "scatter_moments":
-            ops._scatter(a_map(), nodes, a_map(), regions, self.profile, 1.0)
+            launches.scatter(a_map(), nodes, a_map(), regions, self.profile, 1.0)
         elif self.kind == "dense":
-            ops._dense(dense, regions, self.profile, 1.0)
+            launches.dense(dense, regions, self.profile, 1.0)
         else:
-            ops._dense_moments(dense, regions, self.profile, 1.0)
+            launches.dense_moments(dense, regions, self.profile, 1.0)
 
     def problems(self, code: Code) -> list[str]:
         """Narrow access, in words."""

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from dyreg_triton.replacing import replacing
+from dyreg_triton._core.atomic_files import replacing
 
 from . import SHARED_LIMIT, TARGETS, Case, Code, compile_case
 from .bilinear import BilinearCase

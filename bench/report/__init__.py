@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from dyreg_triton.replacing import replacing
+from dyreg_triton._core.atomic_files import replacing
 
 from .content import report, summary
 from .drawing import CREATOR

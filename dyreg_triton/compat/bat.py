@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._core.validation import flag, is_integer, positive_int, probability, what
 from ..layers import bat, nonlocal_block
 from ..layers.bat import clip_input, convolution, start
 from ..layers.leaves import tensor_of
 from ..layers.nonlocal_block import embedded_gaussian
 from ..pretrained import Pretrained
-from ..validate import flag, is_integer, positive_int, probability, what
 from .families import Family, register
 
 _PUBLISHED: dict[str, Any] = {"window_rule": "logit"}

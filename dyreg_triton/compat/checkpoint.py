@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ..validate import flag, is_dense
+from .._core.validation import flag, is_dense
 from .containers import CheckpointError, form, listed, read, refused, short, told
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and DDP, and of torch.compile

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..validate import is_dense
+from .._core.validation import is_dense
 
 
 class CheckpointError(ValueError):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._core.validation import choice, flag, is_integer, layer_input, positive_int
 from ..layers import dyreg, rstg
 from ..layers.generators import Fishnet, GloRe
 from ..layers.leaves import tensor_of
 from ..layers.norms import ChannelAffineNorm
 from ..pretrained import Pretrained
-from ..validate import choice, flag, is_integer, layer_input, positive_int
 from .families import Family, register
 
 # dyregParams of the published code

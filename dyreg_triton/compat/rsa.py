@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autocast import autocast_is_on
+from .._core.autocast import autocast_is_on
+from .._core.validation import choice, flag, is_integer, positive_int, triple
 from ..layers import rsa
-from ..validate import choice, flag, is_integer, positive_int, triple
 from .families import Family, register
 
 _KINDS = {"V": "V", "R": "R", "VplusR": "V+R"}

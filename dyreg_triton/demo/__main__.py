@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..console import command
+from .._core.console import command
 
 STEPS = 1200  # two and a half minutes on one core of today
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..replacing import replacing
+from .._core.atomic_files import replacing
 from .digits import CANVAS, Clips
 from .model import Answers
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, ops
+from .. import ops
+from .._core import dispatch
 from ..layers.dyreg import DynamicGraph
 from . import published
 

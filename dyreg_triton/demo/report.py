@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import __version__
-from ..replacing import replacing
+from .._core.atomic_files import replacing
+from .._core.version import __version__
 from .digits import CANVAS, DIGITS, FRAMES
 from .measure import Times
 from .model import CELLS, Scores

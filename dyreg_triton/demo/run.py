@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from .. import __version__, backend
+from .._core.atomic_files import replacing
+from .._core.dispatch import backend
+from .._core.version import __version__
 from ..layers import DyReG
-from ..replacing import replacing
 from .digits import Clips, make_clips, read_mnist
 from .draw import COLUMNS, draw_frames, save_animation
 from .measure import Times, agreement, compare_times

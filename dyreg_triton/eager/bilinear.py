@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autocast import full_precision
-from ..layouts import memory_format, units
+from .._core.autocast import full_precision
+from .._core.layouts import memory_format, units
 
 
 def _of_units(matrices: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autocast import full_precision
+from .._core.autocast import full_precision
 
 _NARROW = 1e-9  # a gaussian narrower than this weighs one cell, and squares of it stay representable
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv3d_weight
 
-from ..autocast import full_precision
+from .._core.autocast import full_precision
 
 _FEW = 100  # positions of a padded frame
 _NUMBERS = 1 << 20  # that a step of the walk may hold of queries or of context: 4 MiB of float32
@@ -324,7 +324,7 @@ def relational_attention(
     """y (B, L, F or E, T, H, W), a view of (B, F, L, T, H, W) memory."""
     args = (q, k, v, h2, h1, p1, g, identity, eps)
     # a trace, torch.jit.trace's too, keeps no autograd.Function
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         with full_precision(q.device.type):
             return _whole(args).transpose(1, 2)
     return _RelationalAttention.apply(*args).transpose(1, 2)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._core.validation import choice, is_integer, layer_input, positive_int, probability, what
 from ..pretrained import Pretrained
-from ..validate import choice, is_integer, layer_input, positive_int, probability, what
 from .leaves import tensor_of
 from .symbols import read_filters, symbolic, transformed_at_once
 from .transform import Axes, Matrices, Predictors, axes_of, predicted, transformed

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..autocast import full_precision
+from .._core.autocast import full_precision
+from .._core.validation import choice, flag, layer_input, pair, positive_int, positive_number, profile_arguments
 from ..ops.region import pool_placed
 from ..pretrained import Pretrained
-from ..validate import choice, flag, layer_input, pair, positive_int, positive_number, profile_arguments
 from .generators import Fishnet, GloRe, node_weights
 from .leaves import first_readable, in_full_precision, readable, tensor_of
 from .norms import ChannelAffineNorm

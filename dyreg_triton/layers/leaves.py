@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..autocast import autocast_is_on, full_precision
+from .._core.autocast import autocast_is_on, full_precision
 
 M = TypeVar("M", bound=nn.Module)
 

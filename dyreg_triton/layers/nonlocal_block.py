@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layouts import memory_format
+from .._core.layouts import memory_format
+from .._core.validation import choice, flag, is_integer, positive_int, what
 from ..pretrained import Pretrained
-from ..validate import choice, flag, is_integer, positive_int, what
 from .bat import clip_input, convolution, start
 from .leaves import tensor_of
 

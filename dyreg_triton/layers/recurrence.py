@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..autocast import lowered
+from .._core.autocast import lowered
 
 RECURRENCES = ("gru", "lstm")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..validate import FLOATS, choice, is_dense, pair, positive_number, what
+from .._core.validation import FLOATS, choice, is_dense, pair, positive_number, what
 
 INITS = ("center", "grid")
 RULES = ("published", "paper")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..autocast import full_precision
+from .._core.autocast import full_precision
+from .._core.validation import choice, flag, is_integer, layer_input, positive_int, triple, what
 from ..pretrained import Pretrained
-from ..validate import choice, flag, is_integer, layer_input, positive_int, triple, what
 from .leaves import tensor_of, weight_of
 
 KINDS = ("V", "R", "V+R")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._core.validation import choice, is_integer, layer_input, positive_int
 from ..pretrained import Pretrained
-from ..validate import choice, is_integer, layer_input, positive_int
 from .leaves import first_readable, tensor_of
 from .norms import ChannelAffineNorm, affine, is_affine, standardise
 from .recurrence import RECURRENCES, over_time

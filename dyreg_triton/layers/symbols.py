@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..autocast import full_precision, lowered
-from ..dispatch import backend, choose, current_backend
-from ..layouts import memory_format
+from .._core.autocast import full_precision, lowered
+from .._core.dispatch import backend, choose, current_backend
+from .._core.layouts import memory_format
 from ..ops.bilinear import products
 from ..ops.custom import once_only, op, recorded
 from .leaves import readable

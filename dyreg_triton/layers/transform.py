@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
-from ..autocast import full_precision, lowered
-from ..validate import what
+from .._core.autocast import full_precision, lowered
+from .._core.validation import what
 from .windows import Axis, cut, cut_columns, extended, normalised
 
 

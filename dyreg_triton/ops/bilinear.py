@@ -11,20 +11,23 @@ so P acts on coarse rows and leaves the place of a row within its coarse row alo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference, tuning
-from ..autocast import beside, lowered
+from .. import reference
+from .._core.autocast import beside, lowered
+from .._core.layouts import memory_format
+from ..configs.bilinear import LIMIT, SPACE
 from ..eager import bilinear as eager
-from ..layouts import memory_format
-from ..tuning import calls
-from ..validate.bilinear import bilinear_arguments
-from .bilinear_launches import Problem, backward, empty_gradients, forward
+from ..validate.bilinear import FORMS, OPTIONAL, bilinear_arguments
+from . import recording
+from .bilinear_launches import Problem, backward, empty_gradients, forward, keys_of
 from .checked import beyond, checked, choose_within
 from .custom import once_only, op, refuse_transforms
+from .spec import OpSpec
 
 _OP = "bilinear_transform"
 
@@ -59,9 +62,9 @@ def bilinear_transform(x: Tensor, p: Tensor, q: Tensor, t: Tensor | None = None)
     too_large = checked(_OP, lambda: _beyond(tensors), tensors.values())
     x = lowered(x)
     p, q, t = beside(p, x), beside(q, x), None if t is None else beside(t, x)
-    name = choose_within(_OP, x, too_large, tuning.BILINEAR_LIMIT, tensors)
-    if calls.recorders:
-        calls.note(_OP, {"x": x, "p": p, "q": q, "t": t})
+    name = choose_within(_OP, x, too_large, LIMIT, tensors)
+    if recording.recorders:
+        recording.record(_OP, {"x": x, "p": p, "q": q, "t": t}, _CHANNELS)
     if name == "reference":
         return reference.bilinear_transform(x, p, q, t)
     if name == "eager":
@@ -76,7 +79,7 @@ def _beyond(tensors: dict[str, Any]) -> list[str]:
     sizes = {"Sh": tensors["p"].shape[-1], "Sw": tensors["q"].shape[-1]}
     if tensors["t"] is not None:
         sizes["Ts"] = tensors["t"].shape[-1]
-    return beyond(sizes, tuning.BILINEAR_LIMIT)
+    return beyond(sizes, LIMIT)
 
 
 # --- the Triton path: an op is schema, implementation, fake, autograd, and a backward op of its own ---------
@@ -146,3 +149,33 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple:
 
 _transform.register_autograd(_autograd, _setup)
 once_only(_transform_backward, "bilinear_transform")
+
+
+# --- what it is, in the table of ops --------------------------------------------------------------------------------
+
+_CHANNELS = {"x": -4}
+_BLOCKS = ((256, 28), (512, 14))  # channels and side of the ResNet-50 with BAT
+
+
+def _checked(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    bilinear_arguments(_OP, {**dict.fromkeys(FORMS), **tensors})
+
+
+def _calls(clips: int, channels: int, side: int, dtype: str) -> list[recording.TunedCall]:
+    """A block of BAT, of 4 frames: eight groups, 7 x 7 coarse cells; frames not mixed, and mixed by 4 groups."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (clips, channels, 4, side, side),
+        "p": (clips, 8, 4, 7, 7),
+        "q": (clips, 8, 4, 7, 7),
+        "t": (clips, 4, 4, 4),
+    }
+    tensors = {name: recording.described(shape, dtype if name == "x" else "float32") for name, shape in shapes.items()}
+    apart = {name: tensor for name, tensor in tensors.items() if name != "t"}
+    return [recording.TunedCall(_OP, given, {}, True) for given in (apart, tensors)]
+
+
+SPEC = OpSpec(
+    _OP, bilinear_transform, reference.bilinear_transform, FORMS, OPTIONAL, (), _CHANNELS, _checked, SPACE, keys_of,
+    lambda dtype: [call for channels, side in _BLOCKS for call in _calls(8, channels, side, dtype)],
+    lambda dtype: _calls(1, 32, 14, dtype),
+)  # fmt: skip

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .. import tuning
-from ..gpu import family
-from ..launch import Launch, MapLayout, accumulator, map_layout, planned, precision, register_limit, wider
-from ..layouts import memory_format, units
-from ..tuning.heuristics import padded_cells
+from .._core.gpu import family
+from .._core.layouts import memory_format, units
+from ..configs import lookup
+from ..configs.bilinear import BilinearConfig, key_of, padded_cells
+from ..configs.keys import Key
+from ..configs.table import SPACES
+from .launch import Launch, MapLayout, accumulator, map_layout, planned, precision, register_limit, wider
+from .recording import TunedCall
 
 
 class Problem(NamedTuple):
@@ -32,10 +35,10 @@ class Problem(NamedTuple):
         """Runs of channels that share p, q and t."""
         return units(self.p.shape[1], *(() if self.t is None else (self.t.shape[1],)))
 
-    def key(self, kind: str) -> tuning.Key:
+    def key(self, kind: str) -> Key:
         """Of one of its kernels."""
         mixes, ts = (1, 1) if self.t is None else (self.t.shape[1], self.t.shape[-1])
-        return tuning.bilinear_key(kind, tuple(self.x.shape), self.p.shape[1], self.cells, mixes, ts, self.x)
+        return key_of(kind, tuple(self.x.shape), self.p.shape[1], self.cells, mixes, ts, self.x)
 
     def unmixed(self) -> Problem:
         """The same without t."""
@@ -61,7 +64,7 @@ def _layout(clip: Tensor) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     return layout.strides, (layout.flat, layout.align, layout.channels_last, layout.gapless, wide)
 
 
-def _shared(problem: Problem, config: tuning.BilinearConfig, mixed: bool) -> dict[str, Any]:
+def _shared(problem: Problem, config: BilinearConfig, mixed: bool) -> dict[str, Any]:
     """Compile-time arguments of the forward and the backward."""
     _, channels, frames, height, width = problem.x.shape
     down, across = problem.cells
@@ -79,7 +82,7 @@ def _shared(problem: Problem, config: tuning.BilinearConfig, mixed: bool) -> dic
     }  # fmt: skip
 
 
-def _blocks(problem: Problem, config: tuning.BilinearConfig) -> int:
+def _blocks(problem: Problem, config: BilinearConfig) -> int:
     """How many programs share the columns of a unit's frame."""
     _, channels, _, height, width = problem.x.shape
     down, across = problem.cells
@@ -107,12 +110,12 @@ def _plan_forward(y: Tensor, *tensors: Any) -> tuple[Launch, Launch | None]:
     problem = Problem._make(tensors)
     if problem.t is not None:
         key = problem.key("forward_mixed")
-        config = tuning.config(key, problem.x)
+        config = lookup.config(key, problem.x)
         if not config.fused:
             return _plan_forward(y, *problem.unmixed())[0], _plan_mix(y, y, problem.t, False, False)[0]
     else:
         key = problem.key("forward")
-        config = tuning.config(key, problem.x)
+        config = lookup.config(key, problem.x)
     shared = _shared(problem, config, problem.t is not None)
     phases = shared["FRAMES"] // (shared["TS"] or 1)
     x_strides, x_form = _layout(problem.x)
@@ -132,8 +135,8 @@ def _plan_mix(z: Tensor, given: Tensor, t: Tensor, back: bool, need_t: bool) -> 
     clips, channels, frames, height, width = z.shape
     mixes, ts = t.shape[1], t.shape[-1]
     kind = "mix_backward" if back else "mix"
-    key = tuning.bilinear_key(kind, tuple(z.shape), mixes, (1, 1), mixes, ts, z)
-    config = tuning.config(key, z)
+    key = key_of(kind, tuple(z.shape), mixes, (1, 1), mixes, ts, z)
+    config = lookup.config(key, z)
     blocks = -(-(channels // mixes * height * width) // config.block_n)
     z_strides, z_form = _layout(z)
     given_strides, given_form = _layout(given)
@@ -178,7 +181,7 @@ def _plan_backward(dy: Tensor, *given: Any) -> tuple[Launch, list[tuple[int, ...
     problem = Problem._make(tensors)
     x, p, q, t = problem
     key = problem.key("backward" if t is None else "backward_mixed")
-    config = tuning.config(key, x)
+    config = lookup.config(key, x)
     if t is not None and not config.fused:
         return None
     shared = _shared(problem, config, t is not None)
@@ -220,3 +223,33 @@ def _summed(rows: Tensor, like: Tensor) -> Tensor:
     """The gradient of `like` from rows (B, G, parts, ...), summed in fixed order: bit-identical from run to run."""
     total = rows.squeeze(2) if rows.shape[2] == 1 else rows.sum(2)
     return total.to(like.dtype)
+
+
+# --- for tuning -----------------------------------------------------------------------------------------------------
+
+
+def keys_of(call: TunedCall, family: str) -> list[Key]:
+    """The keys of the kernels that a call launches, in order."""
+    feature = torch.empty(0, dtype=call.dtype(), device="cpu")
+    shape, groups = call.shape("x"), call.shape("p")[1]
+    cells = call.shape("p")[-1], call.shape("q")[-1]
+    mixes, ts = (call.shape("t")[1], call.shape("t")[-1]) if "t" in call.tensors else (1, 1)
+
+    def key(kind: str) -> Key:
+        if kind.startswith("mix"):
+            return key_of(kind, shape, mixes, (1, 1), mixes, ts, feature)
+        if kind.endswith("mixed"):
+            return key_of(kind, shape, groups, cells, mixes, ts, feature)
+        return key_of(kind, shape, groups, cells, 1, 1, feature)
+
+    if "t" not in call.tensors:
+        return [key("forward")] + [key("backward")] * bool(call.backward)
+
+    def fused(kind: str) -> bool:
+        return SPACES["bilinear"].default(key(kind), family).fused
+
+    kinds = ["forward_mixed"] if fused("forward_mixed") else ["forward", "mix"]
+    if call.backward:
+        passes = ["mix_backward"] + ["forward"] * call.wants("t") + ["backward"] * call.wants("x", "p", "q")
+        kinds += ["backward_mixed"] if fused("backward_mixed") else passes
+    return list(dict.fromkeys(key(kind) for kind in kinds))

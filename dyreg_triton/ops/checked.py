@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..autocast import autocast_is_on
-from ..dispatch import choose, current_backend
-from ..validate import describe
+from .._core.autocast import autocast_is_on
+from .._core.dispatch import choose, current_backend
+from .._core.validation import describe
 from .custom import signature
 
 _good: dict[tuple, list[str]] = {}  # calls that passed the checks, and what of them is beyond the kernels

@@ -13,27 +13,30 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
-from ..tuning.lookup import Unfit
-from . import flops
+from ..configs.lookup import Unfit
+from . import flops, torch_symbols
 
 _PLAIN = (Tensor, Parameter)
 
 
-def _observed() -> bool:
+_torch = torch_symbols.found()
+
+
+def _observed(symbols: torch_symbols.Symbols) -> bool:
     """Whether somebody sees calls at torch's dispatcher: a compiler, tracer, mode, transform or profiler."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or symbols.dispatch_modes() > 0
+        or symbols.function_modes() > 0
+        or symbols.innermost_transform() is not None
+        or symbols.trace() is not None
+        or symbols.is_profiled()
     )
 
 
-def _lazy(t: Tensor) -> bool:
+def _lazy(t: Tensor, symbols: torch_symbols.Symbols) -> bool:
     """Whether the dispatcher does something to a tensor before an op sees its data: a sign, a zero, a batch."""
-    return t.is_neg() or t._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(t)
+    return t.is_neg() or symbols.is_zero(t) or symbols.is_batched(t)
 
 
 def signature(tensors: Iterable[Tensor | None], *options: Any) -> tuple | None:
@@ -104,12 +107,12 @@ class Op:
         self.function = type(f"{implementation.__name__.strip('_')}_direct", (Function,), members)
 
     def __call__(self, *args: Any) -> Any:
-        if _observed():
+        if _torch is None or _observed(_torch):
             return self.custom(*args)
         wanted = False
         for a in args:
             if isinstance(a, Tensor):
-                if type(a) not in _PLAIN or _lazy(a):
+                if type(a) not in _PLAIN or _lazy(a, _torch):
                     return self.custom(*args)
                 wanted = wanted or a.requires_grad
         if wanted and self.function is not None and torch.is_grad_enabled():
@@ -140,8 +143,9 @@ def refuse_transforms(op: str, *tensors: Tensor) -> None:
     """A custom op would drop forward-mode tangents without a word, and stop torch.func.grad with an obscure one."""
     if torch.compiler.is_compiling():
         return
-    dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    level = 0 if _torch is None else _torch.forward_level()  # without one there is nothing to look for
+    dual = level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    transforms = (_torch.transforms() if _torch is not None else None) or ()
     if dual or any(t.key().name in ("Grad", "Jvp") for t in transforms):
         raise RuntimeError(
             f"{op}: forward-mode differentiation and torch.func's gradient transforms are not implemented on the "

@@ -15,19 +15,22 @@ Sub-gradients at d = 0 and d = s are 0. A NaN region spoils its own node in pool
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference, tuning
-from ..autocast import beside, lowered
-from ..dispatch import choose
+from .. import reference
+from .._core.autocast import beside, lowered
+from .._core.dispatch import choose
+from ..configs.region import SPACE
 from ..eager import region as eager
-from ..launch import Launch, accumulator, leading, map_layout, planned, precision, register_limit, wider
-from ..tuning import calls
-from ..validate.region import region_arguments
+from ..validate.region import OPERANDS, region_arguments
+from . import recording
+from . import region_launches as launches
 from .custom import once_only, op, refuse_transforms
+from .spec import OpSpec
 
 
 def region_kernel(
@@ -51,8 +54,10 @@ def region_kernel(
     """
     size = region_arguments("region_kernel", regions, profile, temperature, size=size)
     name = choose("region_kernel", regions, {"regions": regions, "size": size})
-    if calls.recorders:
-        calls.note("region_kernel", {"regions": regions}, size=size, profile=profile, temperature=temperature)
+    if recording.recorders:
+        recording.record(
+            "region_kernel", {"regions": regions}, _CHANNELS, size=size, profile=profile, temperature=temperature
+        )
     if name == "reference":
         return reference.region_kernel(regions, size, profile=profile, temperature=temperature)
     if name == "triton":
@@ -92,8 +97,10 @@ def pool_placed(x: Tensor, position: Tensor | None, regions: Tensor, profile: st
     x = lowered(x)
     regions = beside(regions, x)
     name = choose("region_pool", x, {"x": x, "regions": regions})
-    if calls.recorders:
-        calls.note("region_pool", {"x": x, "regions": regions}, profile=profile, temperature=temperature)
+    if recording.recorders:
+        recording.record(
+            "region_pool", {"x": x, "regions": regions}, _CHANNELS, profile=profile, temperature=temperature
+        )
     if name == "eager":
         return eager.region_pool(x, regions, profile, temperature, position)
     summands = [x.requires_grad]
@@ -131,9 +138,9 @@ def region_remap(
     nodes = lowered(nodes)
     regions = beside(regions, nodes)
     name = choose("region_remap", nodes, {"nodes": nodes, "regions": regions, "size": size})
-    if calls.recorders:
+    if recording.recorders:
         tensors = {"nodes": nodes, "regions": regions}
-        calls.note("region_remap", tensors, size=size, profile=profile, temperature=temperature)
+        recording.record("region_remap", tensors, _CHANNELS, size=size, profile=profile, temperature=temperature)
     if name == "reference":
         return reference.region_remap(nodes, regions, size, profile=profile, temperature=temperature)
     if name == "triton":
@@ -146,138 +153,7 @@ def region_remap(
     return eager.region_remap(nodes, regions, size, profile, temperature)
 
 
-# --- the Triton path: launches ------------------------------------------------------------------------------
-
-
-def _launch(
-    kernel: Any, key: tuning.Key, config: tuning.Config, programs: int, features: Tensor, profile: str, *static: Any,
-    **constants: Any,
-) -> Launch:  # fmt: skip
-    """A launch on the map and regions that `key` names."""
-    return Launch(
-        kernel, programs, key, *static, **constants,
-        PROFILE=profile, ACC=accumulator(features.dtype),
-        BLOCK_N=config.block_n, BLOCK_P=config.block_p, BLOCK_AXIS=32, num_warps=config.num_warps,
-        **register_limit(config.registers, features),
-    )  # fmt: skip
-
-
-def _gather(
-    x: Tensor, v: Tensor | None, regions: Tensor, profile: str, temperature: float, *, nodes: bool
-) -> tuple[Tensor, Tensor]:
-    """One pass over map x: (nodes, region gradient), the first empty unless `nodes`, the second unless v is given."""
-    launch, pooled_shape, rows_shape = planned(_plan_gather, (x, v, regions), profile, nodes)
-    pooled = x.new_empty(pooled_shape)
-    rows = x.new_empty(rows_shape, dtype=wider(x.dtype))
-    launch(x, x if v is None else v.contiguous(), regions.contiguous(), pooled, rows, temperature)
-    return pooled, rows if v is None else _summed(rows, regions)
-
-
-def _plan_gather(
-    x: Tensor, v: Tensor | None, regions: Tensor, profile: str, nodes: bool
-) -> tuple[Launch, tuple[int, ...], tuple[int, ...]]:
-    """The launch, and the shapes of nodes and of the moments' rows."""
-    from ..kernels.region import region_gather
-
-    (channels, height, width), number = x.shape[-3:], regions.shape[-2]
-    frames = math.prod(x.shape[:-3])
-    key = tuning.region_key("gather" if v is None else "gather_moments", frames, number, channels, height * width, x)
-    config = tuning.config(key, x)
-    c_blocks = -(-channels // config.block_c)
-    lead1, lead2, (lead,) = leading(x)
-    layout = map_layout(x, lead)
-    launch = _launch(
-        region_gather, key, config, frames * c_blocks * -(-number // config.block_n), x, profile,
-        channels, lead1, lead2, *layout.strides,
-        given=3, N=number, H=height, W=width, NODES=nodes, MOMENTS=v is not None,
-        PRECISION=precision(x), BLOCK_C=config.block_c, **layout.constants(),
-    )  # fmt: skip
-    return (
-        launch,
-        (*x.shape[:-3], number, channels) if nodes else (0,),
-        ((0,) if v is None else (frames, c_blocks, number, 4)),
-    )
-
-
-def _scatter(
-    y: Tensor, v: Tensor, x: Tensor | None, regions: Tensor, profile: str, temperature: float
-) -> Tensor | None:
-    """Write map y from nodes v; with map x return the region gradient too."""
-    launch, rows_shape = planned(_plan_scatter, (y, v, x, regions), profile)
-    if launch is None:
-        _scatter(y, v, None, regions, profile, temperature)
-        return _gather(cast(Tensor, x), v, regions, profile, temperature, nodes=False)[1]
-    rows = y.new_empty(rows_shape, dtype=wider(y.dtype))
-    launch(v.contiguous(), y if x is None else x, regions.contiguous(), y, rows, temperature)
-    return None if x is None else _summed(rows, regions)
-
-
-def _plan_scatter(
-    y: Tensor, v: Tensor, x: Tensor | None, regions: Tensor, profile: str
-) -> tuple[Launch | None, tuple[int, ...]]:
-    """The launch, or None where one program cannot hold the moments of all regions; and the shape of their rows."""
-    from ..kernels.region import region_scatter
-
-    (channels, height, width), number = y.shape[-3:], regions.shape[-2]
-    frames = math.prod(y.shape[:-3])
-    key = tuning.region_key("scatter" if x is None else "scatter_moments", frames, number, channels, height * width, y)
-    config = tuning.config(key, y)
-    if x is not None and number > config.block_n:
-        return None, ()
-    c_blocks = -(-channels // config.block_c)
-    read = y if x is None else x
-    lead1, lead2, (x_lead, y_lead) = leading(read, y)
-    x_layout, y_layout = map_layout(read, x_lead), map_layout(y, y_lead)
-    launch = _launch(
-        region_scatter, key, config, frames * c_blocks, y, profile,
-        channels, lead1, lead2, *x_layout.strides, *y_layout.strides,
-        N=number, H=height, W=width, MOMENTS=x is not None,
-        PRECISION=precision(y), BLOCK_C=config.block_c, **x_layout.constants("X_"), **y_layout.constants("Y_"),
-    )  # fmt: skip
-    return launch, (0,) if x is None else (frames, c_blocks, number, 4)
-
-
-def _dense(k: Tensor, regions: Tensor, profile: str, temperature: float) -> None:
-    planned(_plan_dense, (k, regions), profile)(regions.contiguous(), k, temperature)
-
-
-def _plan_dense(k: Tensor, regions: Tensor, profile: str) -> Launch:
-    from ..kernels.region import region_dense
-
-    number, height, width = k.shape[-3:]
-    frames, cells = math.prod(k.shape[:-3]), height * width
-    key = tuning.region_key("dense", frames, number, 1, cells, k)
-    config = tuning.config(key, k)
-    programs = frames * -(-number // config.block_n) * -(-cells // config.block_p)
-    return _launch(region_dense, key, config, programs, k, profile, N=number, H=height, W=width)
-
-
-def _dense_moments(grad: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
-    launch, rows_shape = planned(_plan_dense_moments, (grad, regions), profile)
-    rows = grad.new_empty(rows_shape, dtype=wider(grad.dtype))
-    launch(regions.contiguous(), grad.contiguous(), rows, temperature)
-    return _summed(rows, regions)
-
-
-def _plan_dense_moments(grad: Tensor, regions: Tensor, profile: str) -> tuple[Launch, tuple[int, ...]]:
-    from ..kernels.region import region_dense_backward
-
-    number, height, width = grad.shape[-3:]
-    frames = math.prod(grad.shape[:-3])
-    key = tuning.region_key("dense_moments", frames, number, 16, height * width, grad)
-    config = tuning.config(key, grad)
-    programs = frames * -(-number // config.block_n)
-    launch = _launch(region_dense_backward, key, config, programs, grad, profile, N=number, H=height, W=width)
-    return launch, (frames, 1, number, 4)
-
-
-def _summed(rows: Tensor, regions: Tensor) -> Tensor:
-    """Region gradients from one row per program, summed in fixed order: bit-identical from run to run."""
-    total = rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)
-    return total.to(regions.dtype).view(regions.shape)
-
-
-# --- the Triton path: each op is schema, implementation, fake, autograd, and a backward op of its own -------
+# --- the Triton path: each op is schema, implementation, fake, autograd, and a backward op of its own ---------------
 
 
 @op("region_pool")
@@ -286,7 +162,7 @@ def _pool(x: Tensor, regions: Tensor, summands: list[bool], profile: str, temper
     nodes = x.new_empty(*x.shape[:-3], regions.shape[-2], x.shape[-3])
     if nodes.numel() == 0 or x.numel() == 0:
         return nodes.zero_()
-    return _gather(x, None, regions, profile, temperature, nodes=True)[0]
+    return launches.gather(x, None, regions, profile, temperature, nodes=True)[0]
 
 
 @_pool.register_fake
@@ -313,9 +189,9 @@ def _pool_backward(
         by_x, by_regions = _pool_gradients(x, regions, need_x, need_regions)
         return by_x.zero_(), by_regions.zero_()
     if not need_x:
-        return x.new_empty(0), _gather(x, grad, regions, profile, temperature, nodes=False)[1]
+        return x.new_empty(0), launches.gather(x, grad, regions, profile, temperature, nodes=False)[1]
     by_x = torch.empty_like(x)
-    moments = _scatter(by_x, grad, x if need_regions else None, regions, profile, temperature)
+    moments = launches.scatter(by_x, grad, x if need_regions else None, regions, profile, temperature)
     return by_x, regions.new_empty(0) if moments is None else moments
 
 
@@ -339,7 +215,7 @@ def _remap(nodes: Tensor, regions: Tensor, height: int, width: int, profile: str
     y = nodes.new_empty(*nodes.shape[:-2], nodes.shape[-1], height, width)
     if y.numel() == 0 or nodes.numel() == 0:
         return y.zero_()
-    _scatter(y, nodes, None, regions, profile, temperature)
+    launches.scatter(y, nodes, None, regions, profile, temperature)
     return y
 
 
@@ -361,7 +237,7 @@ def _remap_backward(
         by_nodes, by_regions = _remap_gradients(nodes, regions, need_nodes, need_regions)
         return by_nodes.zero_(), by_regions.zero_()
     v = nodes if need_regions else None
-    by_nodes, by_regions = _gather(grad, v, regions, profile, temperature, nodes=need_nodes)
+    by_nodes, by_regions = launches.gather(grad, v, regions, profile, temperature, nodes=need_nodes)
     return by_nodes, by_regions if need_regions else regions.new_empty(0)
 
 
@@ -385,7 +261,7 @@ def _(grad, nodes, regions, profile, temperature, need_nodes, need_regions):
 def _kernel(regions: Tensor, height: int, width: int, profile: str, temperature: float) -> Tensor:
     k = regions.new_empty(*regions.shape[:-1], height, width)
     if k.numel():
-        _dense(k, regions, profile, temperature)
+        launches.dense(k, regions, profile, temperature)
     return k
 
 
@@ -403,7 +279,7 @@ def _(*_: Any) -> int:
 def _kernel_backward(grad: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
     if grad.numel() == 0:
         return regions.new_zeros(regions.shape)
-    return _dense_moments(grad, regions, profile, temperature)
+    return launches.dense_moments(grad, regions, profile, temperature)
 
 
 @_kernel_backward.register_fake
@@ -445,3 +321,47 @@ _kernel.register_autograd(_kernel_autograd, _setup)
 once_only(_pool_backward, "region_pool")
 once_only(_remap_backward, "region_remap")
 once_only(_kernel_backward, "region_kernel")
+
+
+# --- what they are, in the table of ops -----------------------------------------------------------------------------
+
+_CHANNELS = {"x": -3}
+_FORMS = {"x": "(*, C, H, W)", "nodes": "(*, N, C)", "regions": "(*, N, 4)"}
+_MAPS = ((256, 28), (512, 14), (2048, 7))  # channels and side of a ResNet-50's last three stages
+
+
+def _checked(op: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]], object]:
+    def check(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> object:
+        given = {"profile": "linear", "temperature": 1.0, **options, **tensors}
+        if isinstance(given.get("size"), list):
+            given["size"] = tuple(given["size"])
+        return region_arguments(op, **given)
+
+    return check
+
+
+def _call(op: str, frames: int, channels: int, side: int, dtype: str) -> recording.TunedCall:
+    """Of nine regions."""
+    shapes = {"x": (frames, channels, side, side), "nodes": (frames, 9, channels)}
+    names = OPERANDS[op]
+    tensors = {name: recording.described(shapes[name], dtype) for name in names if name != "regions"}
+    tensors["regions"] = recording.described((frames, 9, 4), "float32")
+    size = {} if "x" in names else {"size": [side, side]}
+    return recording.TunedCall(op, tensors, {**size, "profile": "linear", "temperature": 1.0}, True)
+
+
+def _spec(function: Callable[..., Tensor], *options: str, maps: Sequence[tuple[int, int]] = ()) -> OpSpec:
+    op = function.__name__
+    return OpSpec(
+        op, function, getattr(reference, op), {name: _FORMS[name] for name in OPERANDS[op]}, (),
+        (*options, "profile", "temperature"), _CHANNELS, _checked(op), SPACE, launches.keys_of,
+        lambda dtype: [_call(op, 160, channels, side, dtype) for channels, side in maps],  # 16 clips of 10 frames
+        lambda dtype: [_call(op, 16, 64, 14, dtype)] if maps else [],
+    )  # fmt: skip
+
+
+SPECS = (
+    _spec(region_pool, maps=_MAPS),
+    _spec(region_remap, "size", maps=_MAPS),
+    _spec(region_kernel, "size"),  # no network calls it
+)

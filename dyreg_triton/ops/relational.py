@@ -12,19 +12,22 @@ Tap i of an axis of k taps lies at i - k // 2: centred where k is odd; where it 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference, tuning
-from ..autocast import autocast_is_on, lowered
+from .. import reference
+from .._core.autocast import autocast_is_on, lowered
+from ..configs.relational import LIMIT, SPACE
 from ..eager import relational as eager
-from ..tuning import calls
-from ..validate.relational import relational_arguments
+from ..validate.relational import FORMS, OPTIONAL, relational_arguments
+from . import recording
 from .checked import beyond, checked, choose_within
 from .custom import once_only, op, refuse_transforms
-from .relational_launches import Problem, backward, empty_gradients, forward, output_shapes
+from .relational_launches import Problem, backward, empty_gradients, forward, keys_of, output_shapes
+from .spec import OpSpec
 
 _OP = "relational_attention"
 
@@ -79,9 +82,9 @@ def relational_attention(
     if autocast_is_on(q.device.type):
         given = [None if t is None else lowered(t) for t in given]
     problem = Problem._make([*given, None if eps is None else float(eps)])
-    name = choose_within(_OP, problem.q, too_large, tuning.RELATIONAL_LIMIT, tensors)
-    if calls.recorders:
-        calls.note(_OP, dict(zip(tensors, problem.signature(), strict=True)), eps=problem.eps)
+    name = choose_within(_OP, problem.q, too_large, LIMIT, tensors)
+    if recording.recorders:
+        recording.record(_OP, dict(zip(tensors, problem.signature(), strict=True)), _CHANNELS, eps=problem.eps)
     if name == "reference":
         options: dict[str, Any] = dict(zip(Problem._fields[3:], problem[3:], strict=True))
         return reference.relational_attention(*problem[:3], **options)
@@ -98,7 +101,7 @@ def _beyond(tensors: dict[str, Any], eps: Any) -> list[str]:
     relational_arguments(_OP, tensors, eps)
     given = Problem(**tensors, eps=eps)
     sizes = dict(zip("LCDEFM", (given.q.shape[1], *given.channels, given.taps), strict=True))
-    return beyond(sizes, tuning.RELATIONAL_LIMIT)
+    return beyond(sizes, LIMIT)
 
 
 # --- the Triton path: an op is schema, implementation, fake, autograd, and a backward op of its own ---------
@@ -179,3 +182,32 @@ def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple:
 
 _attend.register_autograd(_autograd, _setup)
 once_only(_attend_backward, "relational_attention")
+
+
+# --- what it is, in the table of ops --------------------------------------------------------------------------------
+
+_CHANNELS = {"q": -4, "k": -4, "v": -4}
+_STAGES = ((8, 56), (16, 28), (32, 14), (64, 7))  # channels and side of RSANet-R50's four, over 8 frames
+
+
+def _checked(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    relational_arguments(_OP, {**dict.fromkeys(FORMS), **tensors}, options.get("eps"))
+
+
+def _call(clips: int, channels: int, side: int, dtype: str) -> recording.TunedCall:
+    """RSANet's layer: eight queries, C = D = E = F, a window of 5x7x7, kernel and context both."""
+    c, size, window = channels, (8, side, side), (5, 7, 7)
+    shapes = {
+        "q": (clips, 8, c, *size), "k": (clips, c, *size), "v": (clips, c, *size), "h2": (c, *window),
+        "h1": (c, c, *window), "p1": (c, c), "g": (c, *window), "identity": (c, c),
+    }  # fmt: skip
+    tensors = {name: recording.described(shape, dtype) for name, shape in shapes.items()}
+    return recording.TunedCall(_OP, tensors, {"eps": 1e-6}, True)
+
+
+SPEC = OpSpec(
+    _OP, relational_attention, reference.relational_attention, FORMS, OPTIONAL, ("eps",), _CHANNELS, _checked, SPACE,
+    keys_of,
+    lambda dtype: [_call(8, channels, side, dtype) for channels, side in _STAGES],
+    lambda dtype: [_call(1, 8, 14, dtype)],
+)  # fmt: skip

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tuning
-from ..launch import Launch, accumulator, clip_layout, planned, precision, wider
+from ..configs import lookup
+from ..configs.keys import Key
+from ..configs.relational import RelationalConfig, key_of
+from .launch import Launch, accumulator, clip_layout, planned, precision, wider
+from .recording import TunedCall
 
 
 def _pad(n: int, least: int = 16) -> int:
@@ -49,10 +52,10 @@ class Problem(NamedTuple):
     def taps(self) -> int:
         return math.prod(self.window)
 
-    def key(self, kind: str) -> tuning.Key:
+    def key(self, kind: str) -> Key:
         """Of one of its kernels."""
         clips, queries = self.q.shape[:2]
-        return tuning.relational_key(kind, clips, self.size, queries, self.channels, self.window, self.q)
+        return key_of(kind, clips, self.size, queries, self.channels, self.window, self.q)
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Compile-time arguments by name."""
@@ -133,7 +136,7 @@ def _plan_pack(*tensors: Any) -> tuple[Launch, list[int], bool]:
         return (0, 0) if t is None else (*t.stride()[:-2], t.stride(-1), t.stride(-2))
 
     key = problem.key("pack")
-    config = tuning.config(key, q)
+    config = lookup.config(key, q)
     k_layout, v_layout = clip_layout(v if k is None else k), clip_layout(v)
     launch = Launch(
         relational_pack, _programs(problem, config.block_p) + 1 + (0 if h1 is None else c), key,
@@ -155,7 +158,7 @@ _EVERY = (
 )  # fmt: skip
 
 
-def _block(config: tuning.RelationalConfig, problem: Problem, name: str) -> int:
+def _block(config: RelationalConfig, problem: Problem, name: str) -> int:
     """A block size; of channels no more than there are."""
     c, d, e, _ = problem.channels
     if name in ("BLOCK_P", "BLOCK_M"):
@@ -165,7 +168,7 @@ def _block(config: tuning.RelationalConfig, problem: Problem, name: str) -> int:
     return min(config.block_c, _pad(c if name == "BLOCK_C" else e, 8))
 
 
-def _blocks(config: tuning.RelationalConfig, problem: Problem, queries: int, *names: str) -> dict[str, Any]:
+def _blocks(config: RelationalConfig, problem: Problem, queries: int, *names: str) -> dict[str, Any]:
     """Launch options and blocks; `queries` is the fewest that the kernel's products take."""
     block_l = max(queries, 1 << (problem.q.shape[1] - 1).bit_length())
     return {
@@ -202,7 +205,7 @@ def _plan_forward(*tensors: Any) -> tuple[Any, ...]:
     *given, save = tensors
     problem = _problem(*given)
     q, key = problem.q, problem.key("forward")
-    config = tuning.config(key, q)
+    config = lookup.config(key, q)
     shapes = output_shapes(problem, save)
     q_layout, y_layout = clip_layout(q), clip_layout(q.new_empty(shapes[0], device="meta").transpose(1, 2))
     launch = Launch(
@@ -247,7 +250,7 @@ def _parts(problem: Problem, dy: Tensor, a_rows: Tensor, z_rows: Tensor) -> Iter
     """A few clips at a time, for which intermediate gradients exist."""
     packed = _pack(problem)
     clips, positions = problem.q.shape[0], math.prod(problem.size)
-    step = tuning.config(problem.key("backward"), problem.q).clips
+    step = lookup.config(problem.key("backward"), problem.q).clips
     c_pad, e_pad = (_pad(n, 8) for n in (problem.channels[0], problem.channels[2]))
     for start in range(0, clips, step):
         some = slice(start, min(start + step, clips))
@@ -304,7 +307,7 @@ def _plan_chain(dy: Tensor, dq: Tensor | None, *tensors: Any) -> Launch:
 
     problem = _problem(*tensors)
     q, key = problem.q, problem.key("backward")
-    config = tuning.config(key, q)
+    config = lookup.config(key, q)
     dy_layout, q_layout, dq_layout = clip_layout(dy), clip_layout(q), clip_layout(q if dq is None else dq)
     return Launch(
         relational_backward, _programs(problem, config.block_p), key,
@@ -340,7 +343,7 @@ def _plan_keys_and_values(dy: Tensor, dk: Tensor | None, dv: Tensor | None, *ten
     c, _, e, _ = problem.channels
     positions = q.shape[0] * math.prod(problem.size)
     key = problem.key("pack")
-    config = tuning.config(key, q)
+    config = lookup.config(key, q)
     layouts = [clip_layout(v if t is None else t) for t in (k, v, dk, dv)]
     names = ("K_FORM", "V_FORM", "DK_FORM", "DV_FORM")
     forms: dict[str, Any] = {name: layout.form for name, layout in zip(names, layouts, strict=True)}
@@ -354,7 +357,7 @@ def _plan_keys_and_values(dy: Tensor, dk: Tensor | None, dv: Tensor | None, *ten
     return *folds, unpack, (0,) if dk is None else (positions, c), (0,) if dv is None else (positions, e)
 
 
-def _plane(problem: Problem, config: tuning.RelationalConfig) -> tuple[int, dict[str, int]]:
+def _plane(problem: Problem, config: RelationalConfig) -> tuple[int, dict[str, int]]:
     """How many tiles of positions there are, and their blocks."""
     down, across = (-(-n // tile) for n, tile in zip(problem.size[1:], config.plane, strict=True))
     tiles = problem.q.shape[0] * problem.size[0] * down * across
@@ -365,7 +368,7 @@ def _plan_fold_keys(problem: Problem) -> Launch:
     from ..kernels.relational_gradients import relational_fold_keys
 
     key, q_layout = problem.key("fold_keys"), clip_layout(problem.q)
-    config = tuning.config(key, problem.q)
+    config = lookup.config(key, problem.q)
     tiles, tile = _plane(problem, config)
     sizes = problem.constants("L", "C", "D", "C_PAD", "D_PAD", "M_PAD", "NORMED", "WINDOW")
     blocks = _blocks(config, problem, 16, "BLOCK_C", "BLOCK_D")
@@ -380,7 +383,7 @@ def _plan_fold_values(problem: Problem, dy: Tensor) -> Launch:
     from ..kernels.relational_gradients import relational_fold_values
 
     key, dy_layout = problem.key("fold_values"), clip_layout(dy)
-    config = tuning.config(key, problem.q)
+    config = lookup.config(key, problem.q)
     tiles, tile = _plane(problem, config)
     sizes = problem.constants("L", "D", "E", "F", "D_PAD", "E_PAD", "F_PAD", "HAS_G", "WINDOW")
     blocks = _blocks(config, problem, 8, "BLOCK_D")
@@ -418,7 +421,7 @@ def _plan_by_h1(*given: Any) -> tuple[Any, ...]:
     *tensors, need_h1, need_p1 = given
     problem = _problem(*tensors)
     q, key = problem.q, problem.key("by_h1")
-    config = tuning.config(key, q)
+    config = lookup.config(key, q)
     constants = problem.constants("L", "C", "D", "C_PAD", "D_PAD", "M_PAD", "WINDOW", "NORMED")
     c, d, m = (constants[name] for name in ("C_PAD", "D_PAD", "M_PAD"))
     q_layout = clip_layout(q)
@@ -453,7 +456,7 @@ def _plan_by_h2(dy: Tensor, *tensors: Any) -> tuple[Any, ...]:
 
     problem = _problem(*tensors)
     q, key = problem.q, problem.key("by_h2")
-    config = tuning.config(key, q)
+    config = lookup.config(key, q)
     constants = problem.constants(
         "L", "D", "E", "F", "D_PAD", "E_PAD", "E_WIDE", "F_PAD", "M_PAD", "WINDOW", "HAS_G", "HAS_IDENTITY"
     )
@@ -471,3 +474,24 @@ def _plan_by_h2(dy: Tensor, *tensors: Any) -> tuple[Any, ...]:
         _sums(config.splits, has_identity, e, f),
     )
     return launch, *shapes
+
+
+# --- for tuning -----------------------------------------------------------------------------------------------------
+
+
+def keys_of(call: TunedCall, _: str) -> list[Key]:
+    """The keys of the kernels that a call launches, in order."""
+    feature = torch.empty(0, dtype=call.dtype(), device="cpu")
+    clips, queries, c, *size = call.shape("q")
+    d, *window = call.shape("h2")
+    e = call.shape("v")[1]
+    f = call.shape("g")[0] if "g" in call.tensors else e
+    kinds = ["pack", "forward"]
+    if call.backward:
+        needed = {
+            "backward": True, "fold_keys": call.wants("k"), "fold_values": call.wants("v"),
+            "by_h1": call.wants("h1", "p1"), "by_h2": call.wants("h2", "g", "identity"),
+        }  # fmt: skip
+        kinds += [kind for kind, wanted in needed.items() if wanted]
+    sizes = (size[0], size[1], size[2]), queries, (c, d, e, f), (window[0], window[1], window[2])
+    return [key_of(kind, clips, *sizes, feature) for kind in kinds]

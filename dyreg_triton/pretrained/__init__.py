@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..validate import FLOATS, as_device, flag, is_dense, is_integer, what
+from .._core.validation import FLOATS, as_device, flag, is_dense, is_integer, what
 from .files import (
     CONFIG,
     FORMAT,
@@ -177,7 +177,7 @@ class Pretrained(nn.Module):
             raise ValueError(f"{op}: {differences}; accepted is what the constructor makes")
         _same_settings(op, self, again)
 
-        from .. import __version__
+        from .._core.version import __version__
 
         first: dict[int, str] = {}  # of the names of one tensor, the one it is stored under
         shared = {name: first.setdefault(id(t), name) for name, t in tensors.items()}

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..replacing import replacing
-from ..validate import is_integer
+from .._core.atomic_files import replacing
+from .._core.validation import is_integer
 
 FORMAT = "dyreg_triton"
 # Raised when the files change, or what their arguments mean: a default that changes too, for only what a constructor

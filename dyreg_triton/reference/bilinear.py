@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autocast import full_precision
-from ..layouts import memory_format
+from .._core.autocast import full_precision
+from .._core.layouts import memory_format
 from ..validate.bilinear import bilinear_arguments
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autocast import full_precision
+from .._core.autocast import full_precision
 from ..validate.region import region_arguments
 
 

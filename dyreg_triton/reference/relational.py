@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autocast import full_precision
+from .._core.autocast import full_precision
 from ..validate.relational import relational_arguments, vanilla_arguments
 
 

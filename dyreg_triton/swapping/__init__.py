@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._core.validation import flag
 from ..compat.families import families
-from ..validate import flag
 from .adopt import Place
 from .compare import Differs, Example, catch_inputs, measure, prepare_example, said, twins
 from .find import Found, Search, class_of, search, selected

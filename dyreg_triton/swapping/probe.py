@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from copy import copy
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._core.dispatch import backend
+from .._core.numerics import relative_error
+from .._core.validation import what
 from ..compat.families import Family
-from ..dispatch import backend
-from ..validate import what
 from .adopt import Pairs
 
 # relative, L2: of outputs, of gradients; two ways to sum the same in float64 differ by 1e-13
@@ -27,6 +29,7 @@ BOUNDS = {torch.float64: (1e-8, 1e-8), torch.float32: (1e-5, 1e-3)}
 # in training or not, and the input's size: small ones show what is added to a norm, large ones what is cut off
 RUNS = ((False, 1.0), (True, 1e-3), (False, 30.0))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+error = partial(relative_error, equal_nan=True)  # what is infinite in the original is so in ours
 
 
 class Unlike(Exception):
@@ -119,20 +122,6 @@ def gradients(outputs: list[Tensor], weights: list[Tensor], inputs: list[Tensor]
     ys, gs = zip(*pairs, strict=True)
     found = torch.autograd.grad(ys, inputs, gs, allow_unused=True)
     return [torch.zeros_like(t) if d is None else d for t, d in zip(inputs, found, strict=True)]
-
-
-def error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """||actual - expected|| / max(||expected||, floor) in float64; infinite where only one of the two is not finite."""
-    if actual.shape != expected.shape:
-        return math.inf
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = actual.detach().to(wide), expected.detach().to(wide)
-    finite = a.isfinite() & b.isfinite()
-    same = (a == b) | (a.isnan() & b.isnan())
-    if not (finite | same).all():
-        return math.inf
-    difference = torch.where(same, 0, a - b).norm().item()
-    return difference and difference / max(torch.where(finite, b, 0).norm().item(), floor, 1e-300)
 
 
 class _Calls:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..validate import choice
+from .._core.validation import choice
 from .calls import Call, TensorSpec
 
 MATRIX_KINDS = ("signed", "weights")

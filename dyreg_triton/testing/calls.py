@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import can_run
-from ..validate import as_device, choice, function, mapping, seed_of, shape_of, what
+from .._core.dispatch import can_run
+from .._core.validation import as_device, choice, function, mapping, seed_of, shape_of, what
 from .memory import LAYOUTS, Guarded
 
 Floors = Callable[[Mapping[str, Tensor], Tensor], Mapping[str, float]]

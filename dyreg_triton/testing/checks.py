@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..validate import as_device, flag, is_integer
+from .._core.validation import as_device, flag, is_integer
 from .calls import Call, default_device
 from .comparators import TOLERANCE, _bound, assert_all_close, assert_identical, require
 from .memory import Guarded, poisoned_outputs

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validate import function as callable_function
-from ..validate import is_dense, mapping, what
-
-# relative L2 error that rounding in this dtype explains, with sums accumulated in float32
-TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-10}
+from .._core import numerics
+from .._core.numerics import TOLERANCE
+from .._core.validation import function as callable_function
+from .._core.validation import is_dense, mapping, what
 
 
 def require(condition: bool, failure: str) -> None:
@@ -34,7 +33,7 @@ def _bound(op: str, name: str, bound: object) -> None:
 
 
 def relative_error(actual: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
-    """||actual - expected|| / max(||expected||, floor), in float64; 0 / 0 is 0.
+    """||actual - expected|| / max(||expected||, floor), in float64; 0 / 0 is 0; infinite where one is not finite.
 
     Raises TypeError for what is no tensor, and ValueError for another shape or a negative floor.
     """
@@ -46,13 +45,7 @@ def relative_error(actual: Tensor, expected: Tensor, *, floor: float = 0.0) -> f
             f"relative_error: expected has shape {tuple(expected.shape)}; accepted is that of actual, "
             f"{tuple(actual.shape)}"
         )
-    return _error(actual, expected, floor)
-
-
-def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
-    actual, expected = _double(actual), _double(expected)
-    difference = (actual - expected).norm().item()
-    return difference and difference / max(expected.norm().item(), float(floor), 1e-300)
+    return numerics.relative_error(actual, expected, floor)
 
 
 def _double(t: Tensor) -> Tensor:
@@ -105,7 +98,7 @@ def mismatch(
     finite = _double(actual).isfinite()
     if not finite.all():
         return f"has {(~finite).sum().item()} of {actual.numel()} values not finite"
-    error = _error(actual, expected, floor)
+    error = numerics.relative_error(actual, expected, floor)
     if error > tolerance:
         if not expected.any() and not floor:
             return (

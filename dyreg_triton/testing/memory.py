@@ -6,12 +6,11 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from ..validate import choice, is_dense, what
+from .._core.validation import choice, is_dense, what
 from .comparators import assert_identical, require
 
 LAYOUTS = (
@@ -97,6 +96,20 @@ class Guarded:
 
 
 @contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, `owner` has this attribute in the place of its own, or of one that it inherits."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+@contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
     """Inside, uninitialised floating tensors made from Python hold NaN and lie between NaN.
 
@@ -130,7 +143,7 @@ def poisoned_outputs() -> Iterator[None]:
             (Tensor, "new_empty"),
             (Tensor, "new_empty_strided"),
         ):
-            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name), plain_empty)))
+            stack.enter_context(_replaced(owner, name, poisoned(getattr(owner, name), plain_empty)))
         yield
     for buffer, span in buffers:
         bits, pattern = _POISON[buffer.dtype]

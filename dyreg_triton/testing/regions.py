@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validate import FLOATS, choice, pair, seed_of, shape_of, what
+from .._core.validation import FLOATS, choice, pair, seed_of, shape_of, what
 from .calls import Call, TensorSpec, default_device
 from .memory import Guarded
 

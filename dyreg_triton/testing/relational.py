@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..validate import positive_number
+from .._core.validation import positive_number
 from .calls import Call, TensorSpec
 
 RELATIONAL_KERNELS = ("V", "V published", "R", "V+R")  # published: without p1

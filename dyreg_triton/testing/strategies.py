@@ -20,7 +20,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from ..validate import PROFILES, choice, dtypes_of, flag, function, is_integer, mapping, what
+from .._core.validation import PROFILES, choice, dtypes_of, flag, function, is_integer, mapping, what
 from .bilinear import MATRIX_KINDS, BilinearCase
 from .calls import Call, Floors, TensorSpec
 from .memory import LAYOUTS
@@ -37,7 +37,7 @@ Dim = str | int
 
 def _few() -> bool:
     """Whether kernels are interpreted: a program takes milliseconds there, so sizes are kept small."""
-    from ..dispatch import can_run
+    from .._core.dispatch import can_run
 
     return can_run("triton", device="cpu", dtype=torch.float32)
 

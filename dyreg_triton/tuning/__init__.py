@@ -7,19 +7,20 @@ comes with the library for the GPU, or the heuristic, in this order.
 
 from typing import TYPE_CHECKING, Any
 
-from .calls import TunedCall, recording
-from .heuristics import (
-    BILINEAR_LIMIT,
-    RELATIONAL_LIMIT,
-    BilinearConfig,
-    Config,
-    RelationalConfig,
-    bilinear,
-    region,
-    relational,
-)
-from .keys import Key, bilinear_key, region_key, relational_key
-from .lookup import Origin, config, forget, origin, override, use
+from ..configs.bilinear import LIMIT as BILINEAR_LIMIT
+from ..configs.bilinear import BilinearConfig
+from ..configs.bilinear import heuristic as bilinear
+from ..configs.bilinear import key_of as bilinear_key
+from ..configs.keys import Key
+from ..configs.lookup import Origin, config, forget, origin, override, use
+from ..configs.region import Config
+from ..configs.region import heuristic as region
+from ..configs.region import key_of as region_key
+from ..configs.relational import LIMIT as RELATIONAL_LIMIT
+from ..configs.relational import RelationalConfig
+from ..configs.relational import heuristic as relational
+from ..configs.relational import key_of as relational_key
+from ..ops.recording import TunedCall, recording
 
 if TYPE_CHECKING:
     from .tuner import tune

@@ -14,17 +14,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, cast
-from unittest import mock
 
 import torch
 
-from ..gpu import matmul_precision
+from .._core.gpu import matmul_precision
+from ..configs.keys import Key
+from ..configs.table import SPACES, from_json, to_json
 from .calls import TunedCall
-from .keys import Key
-from .rooms import ROOMS, from_json, to_json
 
 _MOST = 300.0  # seconds that a candidate's compilation may take, the wait for a free process included
 
@@ -35,7 +33,7 @@ class Compilers:
     def __init__(self, device: torch.device, jobs: int):
         from triton.runtime import driver
 
-        from ..gpu import device_of
+        from .._core.gpu import device_of
 
         with device_of(device):
             target = driver.active.get_current_target()
@@ -95,67 +93,14 @@ class Compilers:
             process.communicate()
 
 
-class _Driver:
-    """Answers what a launch asks of Triton's driver, for a target that this process does not touch."""
-
-    def __init__(self, target: Any, device: int):
-        self.target, self.device = target, device
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-Seen = Callable[[Any, Any, dict[str, Any], tuple[int, ...]], None]
-
-
-@contextlib.contextmanager
-def compiling(target: Any, device: int = 0, seen: Seen | None = None) -> Iterator[None]:
-    """Inside, launches on tensors without data compile for a `GPUTarget`, and no more.
-
-    Triton keeps the kernels of each `device`, a number, apart. `seen` gets each kernel, what it was compiled to, its
-    arguments by name, and its grid.
-    """
-    from triton.runtime import JITFunction, driver
-
-    from .. import dispatch, launch
-
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if hasattr(compiled, "result"):
-            compiled = compiled.result()
-        if seen is not None:
-            seen(self, compiled, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}, grid)
-        return compiled
-
-    former = driver._active
-    driver.set_active(_Driver(target, device))
-    launch.forget()  # what was planned for another target
-    try:
-        with (
-            mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(dispatch, "_why_not_triton", return_value=None),
-        ):
-            yield
-    finally:
-        driver._active = former
-        launch.forget()
-
-
 def compile_task(task: dict[str, Any]) -> None:
     """Compile what one line asks for."""
     from triton.backends.compiler import GPUTarget
 
-    from ..dispatch import backend
-    from ..gpu import family as family_of
-    from .lookup import override
+    from .._core.dispatch import backend
+    from .._core.gpu import family as family_of
+    from ..configs.lookup import override
+    from ..ops.launch import compiling
     from .problems import Running
 
     key = Key.parse(task["key"])
@@ -163,7 +108,7 @@ def compile_task(task: dict[str, Any]) -> None:
     device = torch.device("meta")
 
     def choose(k: Key, _: Any) -> Any:
-        return config if k[:2] == key[:2] else ROOMS[k.op].default(k, family)
+        return config if k[:2] == key[:2] else SPACES[k.op].default(k, family)
 
     torch.set_float32_matmul_precision(task["precision"])
     with compiling(GPUTarget(*task["target"])):

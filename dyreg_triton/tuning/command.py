@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .calls import DTYPES, PRESETS, TunedCall, recording
+from ..configs.table import SPACES, to_json
+from ..ops.recording import TunedCall, recording
+from .calls import DTYPES, PRESETS
 from .engine import Progress, Summary
-from .rooms import ROOMS, to_json
 
 TARGETS = {
     "sm_80": ("8.0", "nvidia"),
@@ -33,7 +34,7 @@ def seconds(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser, factory: Any, shape: Any, device: Any) -> None:
     """The options of the command; `factory`, `shape` and `device` are the types that other commands use too."""
-    parser.add_argument("--ops", nargs="+", choices=tuple(ROOMS), help="only these (all)")
+    parser.add_argument("--ops", nargs="+", choices=tuple(SPACES), help="only these (all)")
     parser.add_argument(
         "--shapes", default="papers", metavar="|".join((*PRESETS, "FILE")), help="what to tune for (papers)"
     )
@@ -97,15 +98,15 @@ def main(options: argparse.Namespace, model: Callable[[str], Any]) -> int:
 
 
 def _user_file(device: Any) -> Path:
-    from ..gpu import gpu_of
-    from .files import user_file
+    from .._core.gpu import gpu_of
+    from ..configs.files import user_file
 
     return user_file(gpu_of(device))
 
 
 def _count(path: Path, device: Any) -> int:
-    from ..gpu import gpu_of
-    from .files import Unusable, read
+    from .._core.gpu import gpu_of
+    from ..configs.files import Unusable, read
 
     try:
         return len(read(path, gpu_of(device)))
@@ -203,8 +204,8 @@ def _tensors(value: Any) -> Iterator[Any]:
 
 def _shown(options: argparse.Namespace, make: Callable[[str], Any]) -> str:
     """What would be used on the device here, or on the target named; without either, on sm_90."""
-    from ..gpu import Gpu, family, gpu_of
-    from .lookup import origin_on
+    from .._core.gpu import Gpu, family, gpu_of
+    from ..configs.lookup import origin_on
     from .problems import keys_of
     from .tuner import _calls, usable_device
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..gpu import Gpu
-from .files import Entry, Unusable, merge, read
-from .keys import Key
+from .._core.gpu import Gpu
+from ..configs.files import Entry, Unusable, merge, read
+from ..configs.keys import Key
 
 GAIN = 0.97  # a config replaces the default if it takes less than this part of its time
 

@@ -10,25 +10,30 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from ..gpu import family, gpu_of
-from ..replacing import replacing
-from ..validate import what
+from .._core.atomic_files import replacing
+from .._core.gpu import family, gpu_of
+from .._core.numerics import TOLERANCE
+from .._core.validation import what
+from ..configs.files import Entry, locked, user_file
+from ..configs.keys import Key
+from ..configs.lookup import by_distance, forget, override
+from ..configs.table import SPACES, to_json
+from ..ops.recording import TunedCall
+from ..ops.table import OPS
 from .ahead import Compilers
-from .calls import DTYPES, PRESETS, TunedCall, checked, load, preset
+from .calls import DTYPES, PRESETS, checked, load, preset
 from .engine import Progress, Refused, Summary, known, run
-from .files import Entry, locked, user_file
-from .keys import ELEMENTS, Key
-from .lookup import by_distance, forget, override
 from .problems import Running, case_of, keys_of
-from .rooms import ROOMS, to_json
 
 Timer = Callable[[Callable[[], None]], float]
-_TOLERANCE = dict(zip(ELEMENTS, (1e-2, 1e-5, 2e-3, 1e-10), strict=True))
+_TOLERANCE = {
+    "16-bit": TOLERANCE[torch.bfloat16], "float32": TOLERANCE[torch.float32], "tf32": 2e-3,
+    "float64": TOLERANCE[torch.float64],
+}  # fmt: skip
 _INTERPRETED = 3e-2  # of 16 bits: the interpreter stores towards zero
 # Frames or clips of a check, whose reference takes memory: it differs from what is timed in how many programs run.
 _MOST = {"region": 32, "relational": 2, "bilinear": 2}
@@ -78,16 +83,16 @@ class KernelJob:
     ):
         self.call, self.key, self.device, self.timer = call, key, device, timer
         self.running, self.known, self.compilers, self.dangerous = running, known, compilers, dangerous
-        self.room = ROOMS[key.op]
-        self.default = self.room.default(key, family(device))
+        self.space = SPACES[key.op]
+        self.default = self.space.default(key, family(device))
 
     def neighbours(self, config: Any) -> Sequence[Any]:
         """One step away; from the default first what two similar problems gained by."""
-        steps = list(self.room.steps(config, self.key))
+        steps = list(self.space.steps(config, self.key))
         if config == self.default:
             gained = {key: entry.config for key, entry in self.known().items() if entry.config != entry.default}
             near = by_distance(self.key, gained)[:2]
-            others = [self.room.fitted(gained[key], self.key, family(self.device)) for key in near]
+            others = [self.space.fitted(gained[key], self.key, family(self.device)) for key in near]
             steps = [*(other for other in others if other != config), *steps]
         if self.compilers is not None:
             self.compilers.drop(self.key)
@@ -98,8 +103,8 @@ class KernelJob:
     def _with(self, config: Any) -> AbstractContextManager[None]:
         def choose(key: Key, _: Any) -> Any:
             if key[:2] != self.key[:2]:
-                return ROOMS[key.op].default(key, family(self.device))
-            return config if key == self.key else self.room.within(config, key)
+                return SPACES[key.op].default(key, family(self.device))
+            return config if key == self.key else self.space.within(config, key)
 
         return override(choose)
 
@@ -132,9 +137,9 @@ class KernelJob:
                 "same command goes on without this config"
             ) from broken
 
-    def _of(self, module: ModuleType) -> Callable[..., Any]:
-        """The op there, as this call uses it: what wants no gradient has none, for other kernels run then."""
-        op, call = getattr(module, self.call.op), self.call
+    def _used(self, op: Callable[..., Any]) -> Callable[..., Any]:
+        """The op as this call uses it: what wants no gradient has none, for other kernels run then."""
+        call = self.call
 
         def run(**arguments: Any) -> Any:
             fixed = [] if call.backward in (True, False) else [name for name in call.tensors if not call.wants(name)]
@@ -143,24 +148,24 @@ class KernelJob:
         return run
 
     def _compare(self, config: Any) -> None:
-        from .. import ops, reference
-        from ..dispatch import backend
+        from .._core.dispatch import backend
         from ..testing import check_call
 
         with self._with(config), backend("triton"):
+            spec = OPS[self.call.op]
             check_call(
-                self._of(ops), self._of(reference), case_of(self.call, _MOST[self.key.op]).call(),
+                self._used(spec.function), self._used(spec.reference), case_of(self.call, _MOST[self.key.op]).call(),
                 device=self.device, tolerance=self._tolerance(), opcheck=False, repeat=False,
             )  # fmt: skip
 
     def seconds(self, config: Any) -> float:
         """Of all launches of this kernel in one forward and backward."""
-        from ..dispatch import backend
-        from ..launch import Launch, watched
+        from .._core.dispatch import backend
+        from ..ops.launch import Launch, watched
 
         launches: list[tuple[Launch, tuple[Any, ...]]] = []
         backward: list[int] = []  # where the backward's begin
-        kinds = self.room.launches(self.key, config)
+        kinds = self.space.launches(self.key, config)
 
         def keep(launch: Launch, args: tuple[Any, ...]) -> None:
             if launch.key.op == self.key.op and launch.key.kind in kinds:
@@ -305,8 +310,8 @@ def _writable(path: str | os.PathLike[str]) -> Path:
 
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device to tune on; RuntimeError with the reason where kernels cannot run there."""
-    from ..dispatch import can_run
-    from ..validate import as_device
+    from .._core.dispatch import can_run
+    from .._core.validation import as_device
 
     chosen = as_device("tune", "cuda" if device is None else device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -330,22 +335,17 @@ def _calls(
                 raise ValueError(f"tune: calls[{i}] is {call}: {error}") from error
     if not isinstance(shapes, (str, os.PathLike)):
         raise TypeError(f"tune: shapes is {what(shapes)}; accepted are {', '.join(PRESETS)}, and a path")
-    for name, values, accepted in (("ops", ops, tuple(ROOMS)), ("dtypes", dtypes, DTYPES[:3])):
+    for name, values, accepted in (("ops", ops, tuple(SPACES)), ("dtypes", dtypes, DTYPES[:3])):
         if values is not None and (
             not isinstance(values, (list, tuple, set)) or not values or any(v not in accepted for v in values)
         ):
             raise ValueError(f"tune: {name} is {values!r}; accepted are some of {', '.join(accepted)}")
     if calls is None:
         calls = preset(str(shapes), dtypes) if shapes in PRESETS else load(shapes)
-    chosen = [call for call in calls if ops is None or room_of(call.op) in ops]
+    chosen = [call for call in calls if ops is None or OPS[call.op].space.keys.op in ops]
     if not chosen:
         raise ValueError(f"tune: calls has none of {ops or 'any op'}: there is nothing to tune")
     return chosen
-
-
-def room_of(op: str) -> str:
-    """Which kernels an op runs on."""
-    return op.partition("_")[0]
 
 
 def _jobs(

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..autocast import lowered_dtype
+from .._core.autocast import lowered_dtype
 from .forms import Call, agreed_sizes, check_kinds, check_ranks
 
 FORMS = {

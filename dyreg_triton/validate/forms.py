@@ -7,7 +7,7 @@ from typing import NoReturn, cast
 
 from torch import Tensor
 
-from . import FLOATS, describe, is_dense, what
+from .._core.validation import FLOATS, describe, is_dense, what
 
 
 class Call:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import FLOATS, describe, is_dense, pair, profile_arguments, what
+from .._core.validation import FLOATS, describe, is_dense, pair, profile_arguments, what
 
 OPERANDS = {"region_pool": ("x", "regions"), "region_remap": ("nodes", "regions"), "region_kernel": ("regions",)}
 

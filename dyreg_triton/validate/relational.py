@@ -8,8 +8,8 @@ from typing import cast
 
 from torch import Tensor
 
-from ..autocast import lowered_dtype
-from . import positive_number
+from .._core.autocast import lowered_dtype
+from .._core.validation import positive_number
 from .forms import Call, agreed_sizes, check_kinds, check_ranks
 
 # Shapes in letters, which mean one size each; where two tensors disagree the later one is blamed.

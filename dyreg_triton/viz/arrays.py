@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..validate import describe, flag, is_dense, is_integer, pair, what
+from .._core.validation import describe, flag, is_dense, is_integer, pair, what
 
 
 def attention_weights(

@@ -315,7 +315,7 @@ class _Layer:
         """The arrays, and the pictures: a PNG, and of several frames a WebP that plays."""
         import numpy as np
 
-        from ..replacing import replacing
+        from .._core.atomic_files import replacing
         from .pictures import draw_frames, draw_sheet, save
 
         for kind, (maps, note, cell) in self.kinds.items():

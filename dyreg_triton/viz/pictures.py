@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..replacing import replacing
-from ..validate import choice, is_dense, positive_int, what
+from .._core.atomic_files import replacing
+from .._core.validation import choice, is_dense, positive_int, what
 from .arrays import cell_of
 
 if TYPE_CHECKING:

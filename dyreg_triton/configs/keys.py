@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..gpu import matmul_precision
+from .._core.gpu import matmul_precision
 
-SIZES = {
-    "bilinear": ("clips", "channels", "t", "h", "w", "groups", "sh", "sw", "mixes", "ts"),
-    "region": ("frames", "nodes", "channels", "cells"),
-    "relational": ("clips", "t", "h", "w", "queries", "c", "d", "e", "f", "kt", "kh", "kw"),
-}
-KINDS = {
-    "bilinear": ("forward", "backward", "forward_mixed", "backward_mixed", "mix", "mix_backward"),
-    "region": ("gather", "scatter", "gather_moments", "scatter_moments", "dense", "dense_moments"),
-    "relational": ("pack", "forward", "backward", "fold_keys", "fold_values", "by_h1", "by_h2"),
-}
 ELEMENTS = ("16-bit", "float32", "tf32", "float64")
 BYTES = dict(zip(ELEMENTS, (2, 4, 4, 8), strict=True))
 
@@ -29,9 +20,9 @@ class Key(NamedTuple):
     """One kernel on one problem: `region.gather 16-bit frames=160 nodes=9 channels=512 cells=196`.
 
     Attributes:
-        op, kind: the op, and which of KINDS[op].
+        op, kind: the op, and which of its kinds.
         element: one of ELEMENTS: bytes of an element, and how float32 is multiplied.
-        sizes: those of SIZES[op], in that order.
+        sizes: those of the op's `KeyForm`, in that order.
     """
 
     op: str
@@ -40,7 +31,7 @@ class Key(NamedTuple):
     sizes: tuple[int, ...]
 
     def __str__(self) -> str:
-        sizes = zip(SIZES[self.op], self.sizes, strict=True)
+        sizes = zip(FORMS[self.op].sizes, self.sizes, strict=True)
         return f"{self.op}.{self.kind} {self.element} " + " ".join(f"{name}={size}" for name, size in sizes)
 
     @classmethod
@@ -55,9 +46,10 @@ class Key(NamedTuple):
             op, kind, element, sizes = found.groups()
             pairs = [pair.partition("=") for pair in sizes.split()]
             if (
-                kind in KINDS.get(op, ())
+                op in FORMS
+                and kind in FORMS[op].kinds
                 and element in ELEMENTS
-                and tuple(name for name, _, _ in pairs) == SIZES.get(op)
+                and tuple(name for name, _, _ in pairs) == FORMS[op].sizes
             ):
                 return cls(op, kind, element, tuple(int(size) for _, _, size in pairs))
         raise ValueError(
@@ -76,26 +68,26 @@ def element_of(tensor: Tensor) -> str:
     return "float64" if tensor.dtype == torch.float64 else "16-bit"
 
 
-def bilinear_key(
-    kind: str, shape: tuple[int, ...], groups: int, cells: tuple[int, int], mixes: int, ts: int, tensor: Tensor
-) -> Key:
-    """A kernel of the bilinear transform of a clip of `shape`; arguments as `heuristics.bilinear`'s."""
-    return Key("bilinear", kind, element_of(tensor), (*shape, groups, *cells, mixes, ts))
+@dataclass(frozen=True)
+class KeyForm:
+    """What the keys of an op look like; the names in it are those of `str(key)`.
+
+    Attributes:
+        op: the op.
+        kinds: its kernels, or what one of them is asked for.
+        sizes: the names of what they depend on.
+    """
+
+    op: str
+    kinds: tuple[str, ...]
+    sizes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        FORMS[self.op] = self
+
+    def key(self, kind: str, tensor: Tensor, *sizes: int) -> Key:
+        """The key of a kernel on `tensor`."""
+        return Key(self.op, kind, element_of(tensor), sizes)
 
 
-def region_key(kind: str, frames: int, nodes: int, channels: int, cells: int, tensor: Tensor) -> Key:
-    """A kernel of kernels/region.py, which `kind` names."""
-    return Key("region", kind, element_of(tensor), (frames, nodes, channels, cells))
-
-
-def relational_key(
-    kind: str,
-    clips: int,
-    size: tuple[int, int, int],
-    queries: int,
-    channels: tuple[int, int, int, int],
-    window: tuple[int, int, int],
-    tensor: Tensor,
-) -> Key:
-    """A kernel of relational self-attention; arguments as `heuristics.relational`'s."""
-    return Key("relational", kind, element_of(tensor), (clips, *size, queries, *channels, *window))
+FORMS: dict[str, KeyForm] = {}  # by op

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import gpu
-from .gpu import family, matmul_precision
-from .tuning import lookup
+from .._core import dispatch, gpu
+from .._core.gpu import family, matmul_precision
+from ..configs import lookup
 
 
 class MapLayout(NamedTuple):
@@ -209,6 +209,9 @@ class Launch:
         """Launch it on these tensors and floats, under the device of the first."""
         for watch in _watchers:
             watch(self, args)
+        if _sinks:
+            _sinks[-1](self, args)
+            return
         device = args[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -219,18 +222,19 @@ class Launch:
     def _launch(self, args: tuple[Any, ...]) -> None:
         for arg in args[: self.given]:
             if type(arg) is not float and arg.data_ptr() & 15:
-                self._by_triton(args)
+                self.by_triton(args)
                 return
         if self._direct is not None:
             self._direct(*args, *self._tail)
             return
-        compiled = self._by_triton(args)
+        compiled = self.by_triton(args)
         if getattr(compiled, "module", None) is not None:  # it has run: neither interpreted nor compiled only
             named = self.kernel.arg_names[len(args) + len(self.static) :]
             self._tail = (*self.static, *(self.constants[name] for name in named))
             self._direct = compiled[(self.programs, 1, 1)]
 
-    def _by_triton(self, args: tuple[Any, ...]) -> Any:
+    def by_triton(self, args: tuple[Any, ...]) -> Any:
+        """Launch it by Triton's own way from arguments to a compiled kernel, which is returned."""
         try:
             return self.kernel[(self.programs,)](*args, *self.static, **self.constants)
         except Exception as error:
@@ -239,8 +243,20 @@ class Launch:
                 raise lookup.Unfit(str(error)) from error
             raise
 
+    def given_by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        """What the kernel and its compiler are given for these arguments."""
+        return {**dict(zip(self.kernel.arg_names, (*args, *self.static), strict=False)), **self.constants}
+
+    def compile(self, args: tuple[Any, ...]) -> Any:
+        """The kernel that a launch on these would run: compiled, and not run."""
+        compiled = self.kernel.warmup(*args, *self.static, grid=(self.programs,), **self.constants)
+        return compiled.result() if hasattr(compiled, "result") else compiled
+
+
+# --- whoever wants to know of launches, or to have them -------------------------------------------------------------
 
 _watchers: list[Callable[[Launch, tuple[Any, ...]], None]] = []
+_sinks: list[Callable[[Launch, tuple[Any, ...]], Any]] = []  # innermost last
 
 
 @contextlib.contextmanager
@@ -251,3 +267,56 @@ def watched(watch: Callable[[Launch, tuple[Any, ...]], None]) -> Iterator[None]:
         yield
     finally:
         _watchers.remove(watch)
+
+
+@contextlib.contextmanager
+def redirected(sink: Callable[[Launch, tuple[Any, ...]], Any]) -> Iterator[None]:
+    """Inside, `sink(launch, args)` is called in the place of every launch of any thread: nothing runs but for it."""
+    _sinks.append(sink)
+    try:
+        yield
+    finally:
+        _sinks.remove(sink)
+
+
+class _Driver:
+    """Answers what a compilation asks of Triton's driver, for a target that this process does not touch."""
+
+    def __init__(self, target: Any, device: int):
+        self.target, self.device = target, device
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(
+    target: Any, device: int = 0, seen: Callable[[Launch, tuple[Any, ...], Any], None] | None = None
+) -> Iterator[None]:
+    """Inside, ops on tensors without data (device "meta") compile for a triton `GPUTarget`, and launch nothing.
+
+    Triton keeps the kernels of each `device`, a number, apart. `seen` gets each launch, its arguments, and the kernel
+    that was compiled for it. GPU and Triton's own driver are left alone, and need not be there.
+    """
+    from triton.runtime import driver
+
+    def sink(launch: Launch, args: tuple[Any, ...]) -> None:
+        compiled = launch.compile(args)
+        if seen is not None:
+            seen(launch, args, compiled)
+
+    former = driver._active
+    driver.set_active(_Driver(target, device))
+    forget()  # what was planned for another target
+    try:
+        with redirected(sink), dispatch.standing_in(lambda device, dtype: None):
+            yield
+    finally:
+        driver.set_active(former)
+        forget()

@@ -6,17 +6,18 @@ Backends: `triton` (CUDA, or CPU when Triton's interpreter is on), `eager` (effi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, SupportsIndex
 
 import torch
 
 from .installed import triton_fault
-from .validate import as_device, describe, flag
+from .validation import as_device, describe, flag
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -80,19 +81,37 @@ def _interpreted() -> bool:
         return False
     if triton_fault() is not None:
         return False
-    from .kernels.common import interpreted
+    from ..kernels.common import interpreted
 
     return interpreted()
 
 
+Refusal = Callable[[torch.device, torch.dtype], "str | None"]
+_standins: list[Refusal] = []  # innermost last
+
+
+@contextlib.contextmanager
+def standing_in(why_not: Refusal) -> Iterator[None]:
+    """Inside, `why_not(device, dtype)` says what of them the triton backend takes: for stand-ins of a GPU."""
+    _standins.append(why_not)
+    try:
+        yield
+    finally:
+        _standins.remove(why_not)
+
+
+def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    return (_standins[-1] if _standins else why_not_triton)(device, dtype)
+
+
 def runs(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether backend `name` can take tensors of this device and dtype."""
-    return name != "triton" or _why_not_triton(device, dtype) is None
+    return name != "triton" or _refusal(device, dtype) is None
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None where backend `name` can take tensors of this device and dtype, else the reason in words."""
-    refusal = _why_not_triton(device, dtype) if name == "triton" else None
+    refusal = _refusal(device, dtype) if name == "triton" else None
     if refusal is None:
         return None
     # Another device or dtype would not help whoever has no triton, so that comes first.
@@ -106,7 +125,8 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where kernels can run on tensors of this device and dtype, else the reason in words."""
     # Where nobody wants the interpreter, tensors on the CPU are refused without a look at triton.
     interpreted = _interpreted()
     accepted = (*TRITON_DTYPES, torch.float64) if interpreted else TRITON_DTYPES

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..gpu import Gpu
-from ..installed import triton_version
-from ..replacing import replacing
+from .._core.atomic_files import replacing
+from .._core.gpu import Gpu
+from .._core.installed import triton_version
 from .keys import Key
-from .rooms import ROOMS, from_json, kernel_hash, to_json
+from .table import SPACES, from_json, kernel_hash, to_json
 
 SCHEMA = 1
 _PACKAGED = Path(__file__).parent / "gpus"
@@ -70,7 +70,7 @@ def versions() -> dict[str, str]:
     """What a file says of the software that it was measured with."""
     import torch
 
-    from .. import __version__
+    from .._core.version import __version__
 
     return {"dyreg_triton": __version__, "torch": torch.__version__, "triton": triton_version()}
 
@@ -95,7 +95,7 @@ def _parse(text: str, gpu: Gpu, packaged: bool) -> tuple[dict[Key, Entry], list[
     then, now = parts["versions"].get("triton"), versions()["triton"]
     if not packaged and _release(then) != _release(now):  # a packaged one is still better than no measurement
         raise Unusable(f"it is stale: measured with triton {then}, here is {now}")
-    stale = {op for op in ROOMS if op in parts["kernels"] and parts["kernels"][op] != kernel_hash(op)}
+    stale = {op for op in SPACES if op in parts["kernels"] and parts["kernels"][op] != kernel_hash(op)}
     entries: dict[Key, Entry] = {}
     for text_of_key, fields in parts["entries"].items():
         try:
@@ -148,7 +148,7 @@ def write(path: Path, gpu: Gpu, entries: Mapping[Key, Entry]) -> None:
         "schema": SCHEMA,
         "gpu": {"name": gpu.name, "capability": gpu.capability},
         "versions": versions(),
-        "kernels": {op: kernel_hash(op) for op in ROOMS},
+        "kernels": {op: kernel_hash(op) for op in SPACES},
     }
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in header.items()]
     rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(_rows(entries).items())]

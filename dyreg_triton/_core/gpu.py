@@ -41,7 +41,7 @@ def gpu_of(device: torch.device) -> Gpu:
         raise RuntimeError(f"no kernel runs on {device} here: the package triton is {fault}")
     from triton.runtime import driver
 
-    from .kernels.common import interpreted
+    from ..kernels.common import interpreted
 
     if interpreted():
         return Gpu("interpreter", "interpreted", 227 * 1024)

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, NoReturn, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..gpu import Gpu, family, gpu_of
-from ..validate import what
+from .._core.gpu import Gpu, family, gpu_of
+from .._core.validation import what
 from .files import Entry, Unusable, packaged_file, read, report, user_file
 from .keys import Key
-from .rooms import ROOMS
+from .table import SPACES
 
 generation = 0  # of plans: what was planned before it changed is not used after
 _explicit: Path | None = None
@@ -162,18 +162,18 @@ def origin_on(key: Key, gpu: Gpu, family: str) -> Origin:
     for source, path, entries in files:
         for near in by_distance(key, entries)[:1]:
             return Origin(taken_over(entries[near], key, family), source, path, near, entries[near])
-    return Origin(ROOMS[key.op].default(key, family), "heuristic")
+    return Origin(SPACES[key.op].default(key, family), "heuristic")
 
 
 def taken_over(entry: Entry, key: Key, family: str) -> Any:
     """What an entry of a similar key says for this one: its config fitted, or the heuristic where it kept its own."""
-    room = ROOMS[key.op]
-    return room.default(key, family) if entry.config == entry.default else room.fitted(entry.config, key, family)
+    space = SPACES[key.op]
+    return space.default(key, family) if entry.config == entry.default else space.fitted(entry.config, key, family)
 
 
 def by_distance(key: Key, entries: Mapping[Key, Entry]) -> list[Key]:
     """The keys whose configs `key` could take over, the nearest first."""
-    similar = ROOMS[key.op].similar
+    similar = SPACES[key.op].similar
     near = [k for k in entries if k[:3] == key[:3] and similar(k) == similar(key)]
     return sorted(near, key=lambda k: (key.distance(k), str(k)))
 
@@ -184,7 +184,7 @@ def config(key: Key, tensor: Tensor) -> Any:
     if found is None:
         asked = generation
         if (key, tensor.device) in _unfit:
-            found = ROOMS[key.op].default(key, family(tensor.device))
+            found = SPACES[key.op].default(key, family(tensor.device))
         else:
             found = origin(key, tensor.device).config
         for choose in _overrides:
