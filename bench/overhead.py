@@ -252,6 +252,7 @@ _PLACES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("choice of backend", "/dyreg_triton/_core/dispatch.py", ()),
     ("choice of backend", "/dyreg_triton/_core/autocast.py", ()),
     ("dispatch and autograd", "/dyreg_triton/ops/custom.py", ()),
+    ("dispatch and autograd", "/dyreg_triton/ops/torch_symbols.py", ()),
     ("dispatch and autograd", "/torch/autograd/", ()),
     ("dispatch and autograd", "/torch/_library/", ()),
     ("dispatch and autograd", "/torch/_ops.py", ()),

@@ -248,6 +248,7 @@ def standin(target: str = "sm_90") -> Iterator[Standin]:
     library, folder = _library()
     former = driver._active
 
+    @functools.cache
     def takes_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cpu" and dtype in dispatch.TRITON_DTYPES:
             return None

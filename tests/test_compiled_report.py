@@ -10,6 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
+from dyreg_triton.ops.launch import redirected
+
 pytest.importorskip("triton", reason="triton is needed to compile")
 
 pytestmark = pytest.mark.compiled
@@ -22,7 +24,6 @@ occupancy = pytest.importorskip("bench.compiled.occupancy").occupancy
 RegionCase = pytest.importorskip("bench.compiled.region", exc_type=ImportError).RegionCase
 RelationalCase = pytest.importorskip("bench.compiled.relational", exc_type=ImportError).RelationalCase
 BilinearCase = pytest.importorskip("bench.compiled.bilinear", exc_type=ImportError).BilinearCase
-redirected = pytest.importorskip("dyreg_triton.ops.launch").redirected
 
 # --- machine code ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytest.importorskip("safetensors")
 from PIL import Image
 from safetensors.torch import load_file
 
-from dyreg_triton._core import atomic_files as replacing
+from dyreg_triton._core.atomic_files import replacing
 from dyreg_triton.demo import digits, draw, measure, model, published, report, run
 from dyreg_triton.demo.__main__ import main
 
@@ -165,7 +166,7 @@ def test_scores_of_perfect_answers():
 
 def figures(**changes: object) -> report.Figures:
     options = report.Options(
-        out=replacing.Path("out"), seed=0, steps=9, test_clips=8, timing_rounds=1, grid=(2, 2), profile="linear",
+        out=Path("out"), seed=0, steps=9, test_clips=8, timing_rounds=1, grid=(2, 2), profile="linear",
         variant="full", device=torch.device("cpu"),
     )  # fmt: skip
     good = report.Figures(
@@ -257,7 +258,7 @@ def test_a_file_appears_whole(tmp_path):
 def test_a_file_that_fails_leaves_the_former_one(tmp_path, error):
     path = tmp_path / "report.md"
     path.write_text("former")
-    with pytest.raises(error), replacing.replacing(path) as temporary:  # noqa: PT012
+    with pytest.raises(error), replacing(path) as temporary:  # noqa: PT012
         assert temporary.parent == path.parent
         temporary.write_text("ha")
         raise error

@@ -369,8 +369,8 @@ def test_where_no_wider_dtype_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the difference stands, and why nothing more is known."""
     model = nn.Sequential(Casting(), rsa(), nn.Conv3d(8, 8, 1)).to(DEVICE)
     compare = sys.modules["dyreg_triton.swapping.compare"]
-    tight = {t: bounds._replace(outputs=1e-12, gradients=1e-12) for t, bounds in compare.BOUNDS.items()}
-    monkeypatch.setattr(compare, "BOUNDS", tight)
+    tight = {t: bounds._replace(outputs=1e-12, gradients=1e-12) for t, bounds in compare.TOLERATED.items()}
+    monkeypatch.setattr(compare, "TOLERATED", tight)
     with refused(dt.SwapError, "float64", "round-off", "fails"):
         dt.swap(model, example=values(CLIP))
     assert type(model[1]) is published.RSA

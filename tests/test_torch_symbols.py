@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,16 +38,24 @@ def lacking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     def remove() -> None:
         monkeypatch.setitem(torch_symbols._PATHS, request.param, "_C._of_another_torch")
-        monkeypatch.setattr(custom, "_torch", torch_symbols.found())
+        found = torch_symbols.found()
+        assert found.count(None) == 1
+        monkeypatch.setattr(custom, "_torch", found)
+        monkeypatch.setattr(custom, "_short_way", None not in found)
 
     return remove
 
 
 def test_all_are_here() -> None:
-    symbols = torch_symbols.found()
-    assert symbols is not None
-    assert len(symbols) == 9
-    assert custom._torch is not None
+    assert len(torch_symbols.found()) == 9
+    assert None not in torch_symbols.found()
+    assert custom._short_way
+
+
+def test_the_ops_have_nothing_else_of_torchs_private_modules() -> None:
+    for path in Path(custom.__file__).parent.glob("*.py"):
+        named = re.findall(r"\btorch\._C\b", path.read_text(encoding="utf-8"))
+        assert not named or path.name == "torch_symbols.py", path
 
 
 @pytest.mark.kernels
@@ -60,9 +70,13 @@ def test_results_are_the_same(lacking: Callable[[], None], monkeypatch: pytest.M
 
 @pytest.mark.kernels
 def test_what_is_refused_is_refused(lacking: Callable[[], None]) -> None:
+    """Of torch.func's transforms only where they can be asked for."""
     lacking()
     x, regions = torch.randn(4, 3, 3, device=DEVICE), torch.rand(2, 4, device=DEVICE) + 1
     with dt.backend("triton"), torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(RuntimeError, match="forward-mode differentiation"):
             dt.ops.region_pool(dual, regions)
+    if custom._torch.transforms is not None:
+        with dt.backend("triton"), pytest.raises(RuntimeError, match=r"torch\.func's gradient transforms"):
+            torch.func.grad(lambda x: dt.ops.region_pool(x, regions).sum())(x)

@@ -363,12 +363,12 @@ def test_only_passes_that_run_are_timed(tmp_path: Path, gpu: Gpu, wanted: list[s
 @contextmanager
 def passes_by_default(*kinds: str) -> Iterator[None]:
     """As where the heuristic mixes frames in passes for these kinds, and in the same pass for others."""
-    room = SPACES["bilinear"]
+    space = SPACES["bilinear"]
 
     def default(key: Key, family: str) -> Any:
-        return dataclasses.replace(room.default(key, family), fused=key.kind not in kinds)
+        return dataclasses.replace(space.default(key, family), fused=key.kind not in kinds)
 
-    with mock.patch.dict(SPACES, bilinear=dataclasses.replace(room, default=default)):
+    with mock.patch.dict(SPACES, bilinear=dataclasses.replace(space, default=default)):
         tuning.forget()
         yield
     tuning.forget()

@@ -894,7 +894,7 @@ def test_a_heuristic_that_does_not_fit_is_an_error(gpu: Gpu, file: bool) -> None
     assert scarce.refused == 1 + file
 
 
-# --- rooms: what is tried next, and what is taken over ---------------------------------------------------------------
+# --- search spaces: what is tried next, and what is taken over -------------------------------------------------------
 
 FAMILIES = ("nvidia", "blackwell", "amd", "interpreted")
 few = st.integers(1, 6)
@@ -955,9 +955,9 @@ def assert_launchable(config: BilinearConfig, key: Key) -> None:
 @example(key=bat_key(cells=(64, 64), size=(64, 64), ts=1, kind="backward"), family="amd")
 def test_default_of_every_transform(key: Key, family: str) -> None:
     """It is the heuristic's, of a config that can be launched, and fits itself."""
-    room = SPACES["bilinear"]
+    space = SPACES["bilinear"]
     clips, channels, t, h, w, groups, sh, sw, mixes, ts = key.sizes
-    found = room.default(key, family)
+    found = space.default(key, family)
     itemsize = ITEMSIZE[key.element]
     assert found == tuning.bilinear(key.kind, (clips, channels, t, h, w), groups, (sh, sw), mixes, ts, itemsize, family)
     assert type(found) is BilinearConfig
@@ -968,12 +968,12 @@ def test_default_of_every_transform(key: Key, family: str) -> None:
 @given(key=problems, family=st.sampled_from(FAMILIES))
 def test_a_default_is_within_its_sizes(key: Key, family: str) -> None:
     """So that it is what is launched, and steps begin at a config that they could lead to."""
-    room = SPACES[key.op]
-    found = room.default(key, family)
+    space = SPACES[key.op]
+    found = space.default(key, family)
     if key.kind != "pack":  # which has no use for a plane, and lets it be
-        assert room.within(found, key) == found
-        assert room.fitted(found, key, family) == found
-    assert room.launches(key, found)
+        assert space.within(found, key) == found
+        assert space.fitted(found, key, family) == found
+    assert space.launches(key, found)
 
 
 def changes(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
@@ -996,14 +996,14 @@ def is_step(name: str, a: Any, b: Any) -> bool:
 @given(key=problems, family=st.sampled_from(FAMILIES), data=st.data())
 def test_steps_are_one_step_away_and_legal(key: Key, family: str, data: st.DataObject) -> None:
     """From the default, and from there on."""
-    room = SPACES[key.op]
-    config = room.default(key, family)
+    space = SPACES[key.op]
+    config = space.default(key, family)
     for _ in range(3):
-        steps = list(room.steps(config, key))
+        steps = list(space.steps(config, key))
         assert len(set(steps)) == len(steps)
         for step in steps:
-            assert type(step) is room.config
-            assert room.within(step, key) == step
+            assert type(step) is space.config
+            assert space.within(step, key) == step
             changed = changes(config, step)
             assert all(is_step(name, *pair) for name, pair in changed.items()), changed
             assert len(changed) == 1 or set(changed) == {"block_c", "block_p"}, changed
@@ -1035,12 +1035,12 @@ def test_what_a_transform_is_tried_with(kind: str, element: str) -> None:
 
 def test_small_tiles_are_tried_of_two_products_only() -> None:
     """One product needs sixteen columns; the other way a tile of fewer has as many rows besides."""
-    key, room = bat_key(kind="forward", mixes=1, ts=1), SPACES["bilinear"]
-    assert 8 not in {step.block_n for step in room.steps(BilinearConfig(16, joint=True), key)}
-    assert 8 in {step.block_n for step in room.steps(BilinearConfig(16, joint=False), key)}
-    assert False in {step.joint for step in room.steps(BilinearConfig(16, joint=True), key)}
-    assert True in {step.joint for step in room.steps(BilinearConfig(16, joint=False), key)}
-    assert True not in {step.joint for step in room.steps(BilinearConfig(8, joint=False), key)}
+    key, space = bat_key(kind="forward", mixes=1, ts=1), SPACES["bilinear"]
+    assert 8 not in {step.block_n for step in space.steps(BilinearConfig(16, joint=True), key)}
+    assert 8 in {step.block_n for step in space.steps(BilinearConfig(16, joint=False), key)}
+    assert False in {step.joint for step in space.steps(BilinearConfig(16, joint=True), key)}
+    assert True in {step.joint for step in space.steps(BilinearConfig(16, joint=False), key)}
+    assert True not in {step.joint for step in space.steps(BilinearConfig(8, joint=False), key)}
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -1054,7 +1054,7 @@ def test_both_ways_of_mixing_are_tried(fused: bool) -> None:
 @given(key=transforms(), family=st.sampled_from(FAMILIES), data=st.data())
 def test_whatever_is_taken_over_can_be_launched(key: Key, family: str, data: st.DataObject) -> None:
     """A config measured on more clips, channels, frames and places is cut to the sizes at hand, and cut once."""
-    room, joint = SPACES["bilinear"], data.draw(st.booleans())
+    space, joint = SPACES["bilinear"], data.draw(st.booleans())
     most = data.draw(st.integers(4 if joint else 0, 12))
     config = data.draw(
         st.builds(
@@ -1062,11 +1062,11 @@ def test_whatever_is_taken_over_can_be_launched(key: Key, family: str, data: st.
             st.booleans() if key.kind.endswith("mixed") else st.just(True), st.sampled_from([1, 16]), st.integers(1, 4),
         )
     )  # fmt: skip
-    for found in (room.within(config, key), room.fitted(config, key, family)):
+    for found in (space.within(config, key), space.fitted(config, key, family)):
         assert_launchable(found, key)
-        assert room.within(found, key) == found
+        assert space.within(found, key) == found
         assert set(changes(config, found)) <= {"block_n", "steps"}
-    assert room.fitted(config, key, family).steps <= room.default(key, family).steps
+    assert space.fitted(config, key, family).steps <= space.default(key, family).steps
 
 
 LAUNCHES = {
@@ -1079,17 +1079,17 @@ LAUNCHES = {
 def test_which_kernels_stand_for_a_key(kind: str) -> None:
     """Its own; where frames are mixed in a pass of their own, those of the passes."""
     in_one, in_passes = LAUNCHES.get(kind, ((kind,), (kind,)))
-    room = SPACES["bilinear"]
-    assert sorted(room.launches(bat_key(kind=kind), BilinearConfig())) == sorted(in_one)
-    assert sorted(room.launches(bat_key(kind=kind), BilinearConfig(fused=False))) == sorted(in_passes)
+    space = SPACES["bilinear"]
+    assert sorted(space.launches(bat_key(kind=kind), BilinearConfig())) == sorted(in_one)
+    assert sorted(space.launches(bat_key(kind=kind), BilinearConfig(fused=False))) == sorted(in_passes)
     assert {*in_one, *in_passes} <= set(FORMS["bilinear"].kinds)
 
 
 @settings(60)
 @given(key=st.one_of(regions, attentions))
 def test_other_keys_stand_for_themselves(key: Key) -> None:
-    room = SPACES[key.op]
-    assert room.launches(key, room.default(key, "nvidia")) == (key.kind,)
+    space = SPACES[key.op]
+    assert space.launches(key, space.default(key, "nvidia")) == (key.kind,)
 
 
 # --- other processes ------------------------------------------------------------------------------------------------

@@ -86,24 +86,6 @@ def _interpreted() -> bool:
     return interpreted()
 
 
-Refusal = Callable[[torch.device, torch.dtype], "str | None"]
-_standins: list[Refusal] = []  # innermost last
-
-
-@contextlib.contextmanager
-def standing_in(why_not: Refusal) -> Iterator[None]:
-    """Inside, `why_not(device, dtype)` says what of them the triton backend takes: for stand-ins of a GPU."""
-    _standins.append(why_not)
-    try:
-        yield
-    finally:
-        _standins.remove(why_not)
-
-
-def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    return (_standins[-1] if _standins else why_not_triton)(device, dtype)
-
-
 def runs(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether backend `name` can take tensors of this device and dtype."""
     return name != "triton" or _refusal(device, dtype) is None
@@ -146,6 +128,20 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         f"the tensors are on {device}; kernels run on CUDA, or on the CPU under Triton's interpreter "
         "(start Python with TRITON_INTERPRET=1)"
     )
+
+
+_refusal: Callable[[torch.device, torch.dtype], str | None] = why_not_triton
+
+
+@contextlib.contextmanager
+def standing_in(why_not: Callable[[torch.device, torch.dtype], str | None]) -> Iterator[None]:
+    """Inside, `why_not(device, dtype)` says for all threads what the triton backend takes: for stand-ins of a GPU."""
+    global _refusal
+    former, _refusal = _refusal, why_not
+    try:
+        yield
+    finally:
+        _refusal = former
 
 
 def can_run(name: str, *, device: torch.device | str, dtype: torch.dtype, raise_error: bool = False) -> bool:

@@ -1,4 +1,4 @@
-"""Argument checks shared by the backends of an op. Each failure names the argument, its value, what is accepted, and
+"""Argument checks that ops, layers and tools share. Each failure names the argument, its value, what is accepted, and
 the shapes of the call. They run before anything is launched."""
 
 from __future__ import annotations

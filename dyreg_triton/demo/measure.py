@@ -12,12 +12,9 @@ from torch import Tensor
 
 from .. import ops
 from .._core import dispatch
+from .._core.numerics import relative_error
 from ..layers.dyreg import DynamicGraph
 from . import published
-
-
-def _relative(value: Tensor, expected: Tensor) -> float:
-    return ((value.double() - expected).norm() / expected.norm()).item()
 
 
 def _pool_and_remap(x: Tensor, regions: Tensor, profile: str) -> list[Tensor]:
@@ -38,7 +35,7 @@ def agreement(x: Tensor, regions: Tensor, profile: str) -> dict[str, float | str
         reason = dispatch.why_not(name, x.device, x.dtype)
         if reason is None:
             with dispatch.backend(name):
-                found[name] = max(map(_relative, _pool_and_remap(x, regions, profile), expected))
+                found[name] = max(map(relative_error, _pool_and_remap(x, regions, profile), expected))
         else:
             found[name] = reason
     return found
@@ -75,7 +72,7 @@ def compare_times(layer: DynamicGraph, x: Tensor, *, rounds: int) -> Times:
     x = x.detach().requires_grad_()
     with torch.no_grad():
         expected = plain(x)
-        difference = _relative(ours(x), expected.double())
+        difference = relative_error(ours(x), expected.double())
     weight = torch.randn(
         expected.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(0), dtype=torch.float32
     )

@@ -18,7 +18,8 @@ from .._core.autocast import full_precision, lowered
 from .._core.dispatch import backend, choose, current_backend
 from .._core.layouts import memory_format
 from ..ops.bilinear import products
-from ..ops.custom import once_only, op, recorded
+from ..ops.custom import once_only, op
+from ..ops.torch_symbols import recorded
 from .leaves import readable
 from .transform import Axes, Options, Predictors, axes_of, predicted, transformed
 

@@ -175,7 +175,16 @@ def _calls(clips: int, channels: int, side: int, dtype: str) -> list[recording.T
 
 
 SPEC = OpSpec(
-    _OP, bilinear_transform, reference.bilinear_transform, FORMS, OPTIONAL, (), _CHANNELS, _checked, SPACE, keys_of,
-    lambda dtype: [call for channels, side in _BLOCKS for call in _calls(8, channels, side, dtype)],
-    lambda dtype: _calls(1, 32, 14, dtype),
-)  # fmt: skip
+    name=_OP,
+    function=bilinear_transform,
+    reference=reference.bilinear_transform,
+    tensors=FORMS,
+    optional=OPTIONAL,
+    options=(),
+    channels=_CHANNELS,
+    check=_checked,
+    space=SPACE,
+    keys=keys_of,
+    papers=lambda dtype: [call for channels, side in _BLOCKS for call in _calls(8, channels, side, dtype)],
+    quick=lambda dtype: _calls(1, 32, 14, dtype),
+)

@@ -3,9 +3,8 @@ transforms it refuses."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,12 +16,11 @@ from ..configs.lookup import Unfit
 from . import flops, torch_symbols
 
 _PLAIN = (Tensor, Parameter)
-
-
 _torch = torch_symbols.found()
+_short_way = None not in _torch
 
 
-def _observed(symbols: torch_symbols.Symbols) -> bool:
+def _observed(symbols: Any) -> bool:
     """Whether somebody sees calls at torch's dispatcher: a compiler, tracer, mode, transform or profiler."""
     return (
         torch.compiler.is_compiling()
@@ -34,7 +32,7 @@ def _observed(symbols: torch_symbols.Symbols) -> bool:
     )
 
 
-def _lazy(t: Tensor, symbols: torch_symbols.Symbols) -> bool:
+def _lazy(t: Tensor, symbols: Any) -> bool:
     """Whether the dispatcher does something to a tensor before an op sees its data: a sign, a zero, a batch."""
     return t.is_neg() or symbols.is_zero(t) or symbols.is_batched(t)
 
@@ -107,7 +105,7 @@ class Op:
         self.function = type(f"{implementation.__name__.strip('_')}_direct", (Function,), members)
 
     def __call__(self, *args: Any) -> Any:
-        if _torch is None or _observed(_torch):
+        if not _short_way or _observed(_torch):
             return self.custom(*args)
         wanted = False
         for a in args:
@@ -120,20 +118,6 @@ class Op:
         return self.implementation(*args)
 
 
-_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[None]:
-    """Inside an op's implementation, which is below autograd: what is computed can be differentiated."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for name in _AUTOGRAD:
-        excluded = excluded - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        yield
-
-
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:
     """Make a function the custom op `dyreg_triton::name`."""
     return lambda implementation: Op(name, implementation)
@@ -143,9 +127,9 @@ def refuse_transforms(op: str, *tensors: Tensor) -> None:
     """A custom op would drop forward-mode tangents without a word, and stop torch.func.grad with an obscure one."""
     if torch.compiler.is_compiling():
         return
-    level = 0 if _torch is None else _torch.forward_level()  # without one there is nothing to look for
+    level = 0 if _torch.forward_level is None else _torch.forward_level()  # below 0 there are no tangents
     dual = level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    transforms = (_torch.transforms() if _torch is not None else None) or ()
+    transforms = () if _torch.transforms is None else _torch.transforms() or ()
     if dual or any(t.key().name in ("Grad", "Jvp") for t in transforms):
         raise RuntimeError(
             f"{op}: forward-mode differentiation and torch.func's gradient transforms are not implemented on the "

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -209,15 +210,12 @@ class Launch:
         """Launch it on these tensors and floats, under the device of the first."""
         for watch in _watchers:
             watch(self, args)
-        if _sinks:
-            _sinks[-1](self, args)
-            return
-        device = args[0].device
+        launch, device = _sink or Launch._launch, args[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(args)
+                launch(self, args)
         else:
-            self._launch(args)
+            launch(self, args)
 
     def _launch(self, args: tuple[Any, ...]) -> None:
         for arg in args[: self.given]:
@@ -235,13 +233,7 @@ class Launch:
 
     def by_triton(self, args: tuple[Any, ...]) -> Any:
         """Launch it by Triton's own way from arguments to a compiled kernel, which is returned."""
-        try:
-            return self.kernel[(self.programs,)](*args, *self.static, **self.constants)
-        except Exception as error:
-            # nothing has run: it does not compile, or needs more than there is
-            if lookup.reject(self.key, args[0].device, error, self.generation):
-                raise lookup.Unfit(str(error)) from error
-            raise
+        return self._attempted(self.kernel[(self.programs,)], args)
 
     def given_by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
         """What the kernel and its compiler are given for these arguments."""
@@ -249,14 +241,23 @@ class Launch:
 
     def compile(self, args: tuple[Any, ...]) -> Any:
         """The kernel that a launch on these would run: compiled, and not run."""
-        compiled = self.kernel.warmup(*args, *self.static, grid=(self.programs,), **self.constants)
+        compiled = self._attempted(partial(self.kernel.warmup, grid=(self.programs,)), args)
         return compiled.result() if hasattr(compiled, "result") else compiled
+
+    def _attempted(self, action: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        try:
+            return action(*args, *self.static, **self.constants)
+        except Exception as error:
+            # nothing has run: it does not compile, or needs more than there is
+            if lookup.reject(self.key, args[0].device, error, self.generation):
+                raise lookup.Unfit(str(error)) from error
+            raise
 
 
 # --- whoever wants to know of launches, or to have them -------------------------------------------------------------
 
 _watchers: list[Callable[[Launch, tuple[Any, ...]], None]] = []
-_sinks: list[Callable[[Launch, tuple[Any, ...]], Any]] = []  # innermost last
+_sink: Callable[[Launch, tuple[Any, ...]], Any] | None = None
 
 
 @contextlib.contextmanager
@@ -271,12 +272,14 @@ def watched(watch: Callable[[Launch, tuple[Any, ...]], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def redirected(sink: Callable[[Launch, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """Inside, `sink(launch, args)` is called in the place of every launch of any thread: nothing runs but for it."""
-    _sinks.append(sink)
+    """Inside, `sink(launch, args)` is called in the place of every launch of any thread, under the device of the first
+    tensor: nothing runs but by it."""
+    global _sink
+    former, _sink = _sink, sink
     try:
         yield
     finally:
-        _sinks.remove(sink)
+        _sink = former
 
 
 class _Driver:

@@ -353,11 +353,19 @@ def _call(op: str, frames: int, channels: int, side: int, dtype: str) -> recordi
 def _spec(function: Callable[..., Tensor], *options: str, maps: Sequence[tuple[int, int]] = ()) -> OpSpec:
     op = function.__name__
     return OpSpec(
-        op, function, getattr(reference, op), {name: _FORMS[name] for name in OPERANDS[op]}, (),
-        (*options, "profile", "temperature"), _CHANNELS, _checked(op), SPACE, launches.keys_of,
-        lambda dtype: [_call(op, 160, channels, side, dtype) for channels, side in maps],  # 16 clips of 10 frames
-        lambda dtype: [_call(op, 16, 64, 14, dtype)] if maps else [],
-    )  # fmt: skip
+        name=op,
+        function=function,
+        reference=getattr(reference, op),
+        tensors={name: _FORMS[name] for name in OPERANDS[op]},
+        optional=(),
+        options=(*options, "profile", "temperature"),
+        channels=_CHANNELS,
+        check=_checked(op),
+        space=SPACE,
+        keys=launches.keys_of,
+        papers=lambda dtype: [_call(op, 160, channels, side, dtype) for channels, side in maps],  # 16 clips, 10 frames
+        quick=lambda dtype: [_call(op, 16, 64, 14, dtype)] if maps else [],
+    )
 
 
 SPECS = (

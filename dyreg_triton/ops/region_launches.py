@@ -103,6 +103,7 @@ def _plan_scatter(
 
 
 def dense(k: Tensor, regions: Tensor, profile: str, temperature: float) -> None:
+    """Write the kernels."""
     planned(_plan_dense, (k, regions), profile)(regions.contiguous(), k, temperature)
 
 
@@ -118,6 +119,7 @@ def _plan_dense(k: Tensor, regions: Tensor, profile: str) -> Launch:
 
 
 def dense_moments(grad: Tensor, regions: Tensor, profile: str, temperature: float) -> Tensor:
+    """The region gradient from that of the kernels."""
     launch, rows_shape = planned(_plan_dense_moments, (grad, regions), profile)
     rows = grad.new_empty(rows_shape, dtype=wider(grad.dtype))
     launch(regions.contiguous(), grad.contiguous(), rows, temperature)

@@ -206,8 +206,16 @@ def _call(clips: int, channels: int, side: int, dtype: str) -> recording.TunedCa
 
 
 SPEC = OpSpec(
-    _OP, relational_attention, reference.relational_attention, FORMS, OPTIONAL, ("eps",), _CHANNELS, _checked, SPACE,
-    keys_of,
-    lambda dtype: [_call(8, channels, side, dtype) for channels, side in _STAGES],
-    lambda dtype: [_call(1, 8, 14, dtype)],
-)  # fmt: skip
+    name=_OP,
+    function=relational_attention,
+    reference=reference.relational_attention,
+    tensors=FORMS,
+    optional=OPTIONAL,
+    options=("eps",),
+    channels=_CHANNELS,
+    check=_checked,
+    space=SPACE,
+    keys=keys_of,
+    papers=lambda dtype: [_call(8, channels, side, dtype) for channels, side in _STAGES],
+    quick=lambda dtype: [_call(1, 8, 14, dtype)],
+)

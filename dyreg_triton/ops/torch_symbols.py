@@ -1,10 +1,11 @@
-"""What the ops take from torch's private modules, found once: where a later torch lacks one of these, every op takes
-torch's public way."""
+"""What the ops take from torch's private modules. Where a torch lacks one of what their short way goes by, every op
+takes torch's public way."""
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,24 +24,46 @@ _PATHS = {
 
 
 class Symbols(NamedTuple):
-    """Whoever sees calls at torch's dispatcher, and what the dispatcher does to a tensor before an op sees its data."""
+    """Whoever sees calls at torch's dispatcher, and what the dispatcher does to a tensor before an op sees its data.
 
-    dispatch_modes: Callable[[], int]
-    function_modes: Callable[[], int]
-    innermost_transform: Callable[[], Any]
-    transforms: Callable[[], Any]
-    trace: Callable[[], Any]
-    is_profiled: Callable[[], bool]
-    is_zero: Callable[[torch.Tensor], bool]
-    is_batched: Callable[[torch.Tensor], bool]
-    forward_level: Callable[[], int]
+    None is what this torch lacks.
+    """
+
+    dispatch_modes: Callable[[], int] | None
+    function_modes: Callable[[], int] | None
+    innermost_transform: Callable[[], Any] | None
+    transforms: Callable[[], Any] | None
+    trace: Callable[[], Any] | None
+    is_profiled: Callable[[], bool] | None
+    is_zero: Callable[[torch.Tensor], bool] | None
+    is_batched: Callable[[torch.Tensor], bool] | None
+    forward_level: Callable[[], int] | None
 
 
-def found() -> Symbols | None:
-    """All of them, or None where this torch lacks one."""
+def found() -> Symbols:
+    """Those that this torch has."""
+    return Symbols(**{name: _symbol(path) for name, path in _PATHS.items()})
+
+
+def _symbol(path: str) -> Any:
+    owner, _, name = path.rpartition(".")
     try:
-        symbols = {name: operator.attrgetter(path)(torch) for name, path in _PATHS.items()}
+        module = operator.attrgetter(owner)(torch)
+        symbol = getattr(module, name)
     except AttributeError:
         return None
-    module = torch.autograd.forward_ad  # its level is a number that it sets anew
-    return Symbols(**symbols | {"forward_level": lambda: module._current_level})
+    return symbol if callable(symbol) else lambda: getattr(module, name)  # a number, which torch sets anew
+
+
+_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Inside an op's implementation, which is below autograd: what is computed can be differentiated."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in _AUTOGRAD:
+        excluded = excluded - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

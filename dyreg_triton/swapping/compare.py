@@ -30,7 +30,7 @@ class Bounds(NamedTuple):
 
 
 _SIXTEEN_BITS = Bounds(3e-2, 1e-1, 1e-1, torch.float32, 0.5)
-BOUNDS = {
+TOLERATED = {
     torch.float64: Bounds(1e-9, 1e-7, 1e-3, None, 0.0),
     torch.float32: Bounds(1e-4, 1e-3, 1e-3, torch.float64, 0.1),
     torch.bfloat16: _SIXTEEN_BITS,
@@ -292,7 +292,9 @@ def _bounds(module: nn.Module, example: Example, old: Run) -> Bounds:
     tensors = [*module.parameters(), *example.fresh().tensors(), *old.outputs]
     dtypes = {t.dtype for t in tensors}
     dtypes |= {torch.get_autocast_dtype(d) for d in {t.device.type for t in tensors} if torch.is_autocast_enabled(d)}
-    return max((BOUNDS[t] for t in dtypes if t in BOUNDS), key=lambda b: b.outputs, default=BOUNDS[torch.float64])
+    return max(
+        (TOLERATED[t] for t in dtypes if t in TOLERATED), key=lambda b: b.outputs, default=TOLERATED[torch.float64]
+    )
 
 
 def _timed(ready: Callable[[], nn.Module], example: Example) -> float:
