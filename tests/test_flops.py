@@ -47,7 +47,7 @@ kernels = pytest.mark.kernels
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The triton backend may be chosen where no kernel can run: for fake tensors, whose ops launch nothing."""
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(dispatch, "_refusal", lambda device, dtype: None)
 
 
 fakes = pytest.mark.usefixtures("everywhere")
