@@ -545,6 +545,13 @@ def test_ops_and_dtypes_of_a_preset(tmp_path: Path, gpu: Gpu) -> None:
         assert left[ops, ("bfloat16", "float32")] == left[ops, ("bfloat16",)] + left[ops, ("float32",)]
 
 
+def test_only_features_lie_channels_last() -> None:
+    fields = TRANSFORM._asdict()
+    fields["tensors"] = {**fields["tensors"], "p": {**fields["tensors"]["p"], "layout": "channels_last"}}
+    with pytest.raises(ValueError, match="accepted is the layout contiguous of p"):
+        calls.checked(fields)
+
+
 @pytest.mark.parametrize("name", calls.PRESETS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_transforms_of_a_preset(name: str, dtype: str) -> None:

@@ -73,7 +73,7 @@ def checked(fields: Any) -> TunedCall:
         need(sizes and math.prod(shape) < 2**40, f"a list of integers > 0, below 2^40 in all, as {name}'s shape")
         need(spec["dtype"] in DTYPES, f"a dtype of {', '.join(DTYPES)} of {name}")
         layouts = LAYOUTS if name in OPS[op].channels else LAYOUTS[:1]
-        need(spec["layout"] in layouts, f"a layout of {', '.join(layouts)} of {name}")
+        need(spec["layout"] in layouts, f"the layout {' or '.join(layouts)} of {name}")
     need(isinstance(options, dict) and set(options) <= set(OPS[op].options), f"options of {', '.join(OPS[op].options)}")
     wanted = fields["backward"]
     names = isinstance(wanted, list) and all(isinstance(n, str) and n in tensors for n in wanted) and wanted != []
